@@ -1,0 +1,75 @@
+"""Causal self-attention with grouped key-value heads, shared by text and audio tokens.
+
+Shapes: B batch, T new positions, S all positions (cached and new), C channels, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from higgs.model.cache import StaticKVCache
+from higgs.model.config import HiggsAudioV2Config
+from higgs.model.layers import rotate
+
+
+class Attention(nn.Module):
+    """Multi-head attention; `num_key_value_heads` keys serve `num_attention_heads` queries (Ainslie et al., 2023)."""
+
+    def __init__(self, config: HiggsAudioV2Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: StaticKVCache | None = None,
+    ) -> Tensor:
+        """x [B, T, C] -> [B, T, C].
+
+        `mask` [B, 1, T, S] is added to the scores; None means plain causal attention over the T positions.
+        """
+        q, k, v = (
+            rearrange(project(x), "b t (h d) -> b h t d", d=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+            enable_gqa=self.grouped,
+        )
+        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+
+def causal_mask(attention_mask: Tensor) -> Tensor:
+    """Causal attention without a cache over rows with padding: [B, T], 1 at real tokens -> [B, 1, T, T], True = may look.
+
+    A padded position looks at itself alone, so that its softmax stays finite.
+    """
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    causal = columns <= columns[:, None]
+    return (attention_mask[:, None, None, :].bool() & causal) | (columns == columns[:, None])
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to attention scores, made once for all layers: 0 where True, -inf elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -1,0 +1,122 @@
+"""The decoder's architecture as data."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from higgs.errors import UserError
+
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 0.125,
+    "high_freq_factor": 0.5,
+    "original_max_position_embeddings": 1024,
+}
+
+# What Hugging Face's base class writes into every config.json; none of it describes this architecture.
+FOREIGN_KEYS = frozenset(
+    "architectures chunk_size_feed_forward dtype id2label is_encoder_decoder label2id model_type output_attentions "
+    "output_hidden_states problem_type return_dict torch_dtype transformers_version _name_or_path auto_map "
+    "_attn_implementation_autoset use_text_head layer_types".split()
+)
+
+
+@dataclass
+class HiggsAudioV2Config:
+    """The sizes and token ids of a DualFFN decoder; the defaults are those of the released 3B model.
+
+    Names and meanings are the documented ones. `codebook_size` counts the rows of each codebook's embedding; a real
+    checkpoint has 1026 (1024 codes and the two stream tokens) although the documented default says 1024.
+    `num_key_value_heads` and `head_dim` may be None: then all heads have their own keys, and the width is divided
+    evenly. `eos_token_id` may be a list. Raises UserError for sizes that do not fit together.
+    """
+
+    vocab_size: int = 128256
+    hidden_size: int = 3072
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 24
+    num_key_value_heads: int | None = 8
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = 128001
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 128009
+    pretraining_tp: int | None = 1
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    head_dim: int | None = 128
+    num_codebooks: int = 8
+    codebook_size: int = 1024
+    audio_token_id: int = 128016
+    audio_bos_token_id: int = 128013
+    audio_delay_token_id: int = 128014
+    audio_stream_bos_id: int = 1024
+    audio_stream_eos_id: int = 1025
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.rope_parameters = dict(LLAMA3_ROPE if self.rope_parameters is None else self.rope_parameters)
+        self.rope_parameters.setdefault("rope_type", "default")
+        self.rope_parameters.setdefault("rope_theta", 500000.0)
+        if self.eos_token_id is not None and not isinstance(self.eos_token_id, int):
+            self.eos_token_id = [int(token) for token in self.eos_token_id]
+        self._check()
+
+    def _check(self) -> None:
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "max_position_embeddings", "num_codebooks", "codebook_size", "head_dim")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}), so that every group of heads shares one key."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim}; rotary embeddings need an even number.")
+        if self.pretraining_tp not in (None, 1):
+            raise UserError("pretraining_tp above 1 reproduces a split that no released checkpoint used; set it to 1.")
+        if self.rope_parameters["rope_type"] not in ("default", "llama3"):
+            raise UserError(
+                f"rope_type '{self.rope_parameters['rope_type']}' is not built here; use 'default' or 'llama3'."
+            )
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """All ids that end a turn, as a list."""
+        if self.eos_token_id is None:
+            return []
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "HiggsAudioV2Config":
+        """Reads the contents of a Hugging Face `config.json`, also the older `rope_theta`/`rope_scaling` spelling."""
+        values = dict(values)
+        theta, scaling = values.pop("rope_theta", None), values.pop("rope_scaling", None)
+        if values.get("rope_parameters") is None and (theta is not None or scaling is not None):
+            rope = dict(scaling or {})
+            rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+            values["rope_parameters"] = {"rope_theta": 500000.0 if theta is None else theta, **rope}
+        known = {field.name for field in fields(cls)}
+        unread = sorted(set(values) - known - FOREIGN_KEYS)
+        if unread:
+            warnings.warn(f"config.json holds keys that no part of this model reads: {', '.join(unread)}.", stacklevel=2)
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `config.json` that Hugging Face's class reads as well."""
+        return {"model_type": "higgs_audio_v2", **asdict(self)}

@@ -1,0 +1,99 @@
+"""DualFFN: one transformer in which audio tokens have their own norms and feed-forward, and share the attention.
+
+    text  row: x + attention(norm(x))        then  x + mlp(norm'(x))
+    audio row: x + attention(audio_norm(x))  then  x + audio_mlp(audio_norm'(x))
+
+Attention sees text and audio as one sequence. Each token passes one feed-forward, so an audio token costs what a text
+token costs, and the text path stays that of the language model that it was started from.
+
+Shapes: B batch, T sequence, C channels, N = B*T rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from higgs.model.attention import Attention
+from higgs.model.cache import StaticKVCache
+from higgs.model.config import HiggsAudioV2Config
+from higgs.model.layers import FeedForward, RMSNorm, rms_normalize
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which rows are audio, worked out once per batch and used by every layer.
+
+    With row indices each feed-forward runs on its own rows only. Without them (`everywhere`) both run on all rows and
+    the mask selects: more arithmetic, but no data-dependent shape and so no wait for the device, which is what a
+    decoding step over a batch of mixed rows wants. No mask at all means that every row is audio.
+    """
+
+    audio_mask: Tensor | None = None  # [B, T] bool
+    text_rows: Tensor | None = None  # [number of text rows], into the flattened [B*T]
+    audio_rows: Tensor | None = None  # [number of audio rows]
+
+    @classmethod
+    def by_rows(cls, audio_mask: Tensor) -> Routing:
+        flat = audio_mask.flatten()
+        return cls(audio_mask, (~flat).nonzero()[:, 0], flat.nonzero()[:, 0])
+
+    @classmethod
+    def everywhere(cls, audio_mask: Tensor) -> Routing:
+        return cls(audio_mask)
+
+    @classmethod
+    def all_audio(cls) -> Routing:
+        return cls()
+
+
+class DualFFNLayer(nn.Module):
+    """One decoder layer: shared attention between norms and feed-forwards chosen by modality."""
+
+    def __init__(self, config: HiggsAudioV2Config, layer: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.audio_mlp = FeedForward(config)
+        self.audio_input_layernorm = RMSNorm(size, eps)
+        self.audio_post_attention_layernorm = RMSNorm(size, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: StaticKVCache | None = None,
+    ) -> Tensor:
+        """x [B, T, C] -> [B, T, C]; `rotary`, `mask` and `cache` as in `Attention`."""
+        normed = dual_norm(x, self.input_layernorm, self.audio_input_layernorm, routing)
+        x = x + self.self_attn(normed, rotary, mask, cache)
+        normed = dual_norm(x, self.post_attention_layernorm, self.audio_post_attention_layernorm, routing)
+        return x + dual_feed_forward(normed, self.mlp, self.audio_mlp, routing)
+
+
+def dual_norm(x: Tensor, text: RMSNorm, audio: RMSNorm, routing: Routing) -> Tensor:
+    """Text rows by `text`, audio rows by `audio`: the two differ only in their weight, so rows are normalised once."""
+    if routing.audio_mask is None:
+        return audio(x)
+    weight = torch.where(routing.audio_mask[..., None], audio.weight, text.weight)
+    return weight * rms_normalize(x, text.eps)
+
+
+def dual_feed_forward(x: Tensor, text: FeedForward, audio: FeedForward, routing: Routing) -> Tensor:
+    """[B, T, C] -> [B, T, C], each row through the feed-forward of its modality."""
+    if routing.audio_mask is None:
+        return audio(x)
+    if routing.text_rows is None:
+        return torch.where(routing.audio_mask[..., None], audio(x), text(x))
+    rows = x.flatten(0, 1)
+    out = torch.empty_like(rows)
+    out = out.index_copy(0, routing.text_rows, text(rows[routing.text_rows]))
+    out = out.index_copy(0, routing.audio_rows, audio(rows[routing.audio_rows]))
+    return out.view_as(x)
