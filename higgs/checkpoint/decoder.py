@@ -5,7 +5,8 @@ This project's own tensor names are those of the Hugging Face format; the tables
 
 from collections.abc import Callable, Mapping
 
-from higgs.checkpoint.io import KeyMap
+KeyMap = Callable[[str], "tuple[str, int] | None"]
+"""Checkpoint name -> (name in this project, part number along rows), or None for a tensor to leave aside."""
 
 IGNORED_ENDINGS = ("audio_codebook_weights", "rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 """Tensors of the original release that are derived from the config, or not read by any forward pass."""

@@ -1,106 +1,35 @@
-"""Reading and writing checkpoint folders: lean, strict, never half-written.
+"""Networks from and to checkpoint folders: lean and strict.
 
-A folder holds `config.json` and either `model.safetensors` or shards with `model.safetensors.index.json` (the Hugging
-Face layout, which this project also writes). Loading builds the network on the meta device and copies tensor by tensor
-from the memory-mapped files, so that peak memory stays near the size of the weights in the requested dtype. Saving
-goes to a folder aside, which is renamed when complete.
+Loading builds the network on the meta device and copies tensor by tensor from memory-mapped files, so that peak memory
+stays near the size of the weights in the requested dtype. Saving streams shards to a folder aside, renamed when whole.
 """
 
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from higgs.checkpoint.codec import boson_codec_to_hf
+from higgs.checkpoint.decoder import KeyMap
+from higgs.checkpoint.files import (
+    CONFIG,
+    SHARD_BYTES,
+    StoredTensor,
+    read_json,
+    resolve_folder,
+    staged_folder,
+    stored_tensors,
+    write_json,
+    write_weights,
+)
+from higgs.codec import Codec, HiggsAudioV2TokenizerConfig
 from higgs.errors import UserError
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # Memory-mapped pages count as resident until their file is closed; reopening every so often keeps the peak flat.
 REMAP_BYTES = 128 * 2**20
-SHARD_BYTES = 4 * 2**30
-
-
-def resolve_folder(path: str | Path) -> Path:
-    """The local folder of a checkpoint: a folder as it is, or a hub id `owner/name` downloaded to the local cache."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
-        raise UserError(f"There is no checkpoint folder at {path}. Check the path; it must be a folder with config.json.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.pth"]))
-    except Exception as error:
-        raise UserError(
-            f"There is no folder {path} here, and the hub did not give a repository of that name "
-            f"({type(error).__name__}: {error}). Give the path of a downloaded checkpoint folder."
-        ) from error
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from `path`; a missing or malformed file is a UserError that names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing. Is {path.parent} a complete checkpoint folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Download or export the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
-    return value
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: the file, its name there, and the shape that the file's header declares."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-
-
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors files by name, read from the headers alone."""
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map", {})
-        files = sorted({folder / name for name in weight_map.values()})
-    elif (folder / WEIGHTS).is_file():
-        weight_map = None
-        files = [folder / WEIGHTS]
-    else:
-        raise UserError(f"{folder} holds neither {WEIGHTS} nor {INDEX}. Point to a folder with the model's weights.")
-    found: dict[str, StoredTensor] = {}
-    for file in files:
-        if not file.is_file():
-            lost = sorted(name for name, shard in weight_map.items() if folder / shard == file)
-            raise UserError(f"Shard {file} is missing; it should hold {lost[0]} and {len(lost) - 1} more tensors.")
-        with open_safetensors(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
-                found[name] = StoredTensor(file, name, tuple(handle.get_slice(name).get_shape()))
-    for name in weight_map or ():
-        if name not in found:
-            raise UserError(f"{folder / INDEX} promises the tensor {name}, but {folder / weight_map[name]} lacks it.")
-    return found
-
-
-@contextmanager
-def open_safetensors(file: Path) -> Iterator:
-    """`safe_open` whose failure names the file."""
-    try:
-        handle = safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a readable safetensors file ({error}). It may be cut off: copy it again.") from error
-    with handle as opened:
-        yield opened
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -131,10 +60,6 @@ def pick_dtype(dtype: str | torch.dtype | None, config: Mapping) -> torch.dtype 
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"'{dtype}' is no floating-point dtype. Use float32, bfloat16 or float16.")
     return found
-
-
-KeyMap = Callable[[str], "tuple[str, int] | None"]
-"""Checkpoint name -> (name in this project, part number along rows), or None for a tensor to leave aside."""
 
 
 def fill_module(
@@ -239,59 +164,67 @@ def reset_buffers(module: nn.Module) -> None:
             child.reset_buffers()
 
 
-@contextmanager
-def staged_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder aside that takes the place of `folder` on success: renamed whole, or file by file into an existing one."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+def load_codec(
+    path: str | Path,
+    device_map: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    kind: type[Codec] = Codec,
+) -> Codec:
+    """A codec from a folder of the Hugging Face format, or of the original release (`config.json` and `model.pth`)."""
+    folder = resolve_folder(path)
+    values = read_json(folder / CONFIG)
+    device, dtype = pick_device(device_map), pick_dtype(dtype, values)
+    if (folder / "model.pth").is_file() and not any(folder.glob("*.safetensors")):
+        return _load_boson_codec(folder, values, device, dtype, kind)
+    if "acoustic_model_config" not in values:
+        raise UserError(f"{folder / CONFIG} describes no codec (it lacks acoustic_model_config). Is this the decoder's folder?")
+    with torch.device("meta"):
+        codec = kind(HiggsAudioV2TokenizerConfig.from_dict(values))
+    wanted = codec.state_dict().keys()
+    tensors = stored_tensors(folder)
+    for optional in codec.optional_keys:
+        # The teacher's mask embedding takes part in no computation; a checkpoint may hold it or not.
+        if optional not in wanted:
+            tensors.pop(optional, None)
+    fill_module(codec, tensors, lambda name: (name, 0), dtype, device)
+    return codec.eval()
+
+
+def _load_boson_codec(
+    folder: Path, values: dict, device: torch.device, dtype: torch.dtype | None, kind: type[Codec]
+) -> Codec:
+    file = folder / "model.pth"
     try:
-        yield aside
-        aside.chmod(0o755)
-        if not folder.exists():
-            aside.rename(folder)
-            return
-        if any((aside / name).exists() for name in (WEIGHTS, INDEX)):
-            # Shards of an earlier save under other names would be read along with the new ones.
-            written = {path.name for path in aside.iterdir()}
-            stale = [p for p in folder.glob("model*.safetensors*") if p.name not in written]
-        else:
-            stale = []
-        # config.json goes last: what it describes is then already in place.
-        for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
-            target = folder / path.name
-            if path.is_dir() and target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
-        for path in stale:
-            path.unlink()
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(f"{file} cannot be read as plain tensors ({error}). It may be cut off: copy it again.") from error
+    config, state = boson_codec_to_hf(state, values)
+    with torch.device("meta"):
+        codec = kind(config)
+    state = {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in state.items()}
+    # Strict: `boson_codec_to_hf` has named what is missing, unexpected or of another shape.
+    codec.load_state_dict(state, strict=True, assign=True)
+    reset_buffers(codec)
+    return codec.eval()
 
 
-def write_json(path: Path, value: Mapping) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+def save_module(
+    module: nn.Module,
+    folder: str | Path,
+    config: Mapping[str, Any],
+    max_shard_bytes: int = SHARD_BYTES,
+    more_json: Mapping[str, Mapping] | None = None,
+) -> None:
+    """Writes weights, `config.json` (with the dtype) and further JSON files into `folder`, aside first."""
+    floating = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    with staged_folder(folder) as aside:
+        write_weights(module, aside, max_shard_bytes)
+        write_json(aside / CONFIG, {**config, "dtype": str(floating).removeprefix("torch.")})
+        for name, value in (more_json or {}).items():
+            write_json(aside / name, value)
 
 
-def write_weights(module: nn.Module, folder: Path, max_shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the state dict as one safetensors file, or as shards with an index when it is larger than one shard."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in module.state_dict().items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += nbytes
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        save_file({k: v.contiguous() for k, v in shards[0].items()}, folder / WEIGHTS, metadata)
-        return
-    weight_map, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({k: v.contiguous() for k, v in shard.items()}, folder / file, metadata)
-        weight_map |= dict.fromkeys(shard, file)
-        total += sum(t.numel() * t.element_size() for t in shard.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def save_codec(codec: Codec, folder: str | Path, max_shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a codec that `load_codec` and transformers' class read."""
+    config = {**codec.config.to_dict(), "architectures": ["HiggsAudioV2TokenizerModel"]}
+    save_module(codec, folder, config, max_shard_bytes)
