@@ -1,6 +1,6 @@
 """Cached autoregressive generation: `prefill`, then `decode_one_frame` and `choose` in turn.
 
-    prompt --prefill--> hidden --choose--> codes (and text tokens) --decode_one_frame--> hidden --choose--> ...
+    prompt --prefill--> hidden --heads--> logits --choose--> codes --decode_one_frame--> hidden --heads--> ...
 
 Everything that a step needs is in the cache and in `DecodeState`, as batched tensors; no step waits for the device.
 `higgs.generation.reference` does the same slowly and obviously, and the tests hold the two equal.
@@ -19,8 +19,10 @@ from torch import Tensor
 from higgs.errors import UserError
 from higgs.generation.config import GenerationConfig
 from higgs.generation.sampling import NEVER, draw, force_delay, repeats, warp
+from higgs.generation.skinny import SkinnyDecoder
 from higgs.generation.state import DecodeState, check_prompt, initial_state
 from higgs.model.cache import StaticKVCache
+from higgs.model.config import HiggsAudioV2Config
 from higgs.model.decoder import DualFFNDecoder, embed_step
 from higgs.model.dual_ffn import Routing
 
@@ -102,23 +104,23 @@ def decode_one_frame(model: DualFFNDecoder, cache: StaticKVCache, state: DecodeS
 
 
 def choose(
-    model: DualFFNDecoder,
-    hidden: Tensor,
+    config: HiggsAudioV2Config,
+    logits: Tensor,
     state: DecodeState,
     step: int | Tensor,
     how: GenerationConfig,
-    mixed: bool = False,
+    text_logits: Tensor | None = None,
     processors: Sequence[LogitsProcessor] = (),
     input_ids: Tensor | None = None,
 ) -> Choice:
-    """Picks the next frame (or text token) of every row from its hidden state [B, C] and moves the state on.
+    """Picks every row's next frame from audio logits [B, K, V] (or text token from [B, vocab]); moves the state on.
 
     Order of processing: the delay pattern, the caller's processors (on [B*K, V]), temperature, top-k, top-p; then
     repetition-aware redrawing from the raw logits. The rules are SPEC section 5, those of transformers 5.6.2.
     """
-    c = model.config
+    c = config
     bos, eos = c.audio_stream_bos_id, c.audio_stream_eos_id
-    logits = model.audio_logits(hidden).float()
+    logits = logits.float()
     scores = force_delay(logits, state.audio_step, state.delay_step, bos, eos)
     for process in processors:
         scores = process(input_ids, scores.flatten(0, 1)).view_as(scores)
@@ -137,8 +139,8 @@ def choose(
     if c.eos_token_ids:
         token = token.masked_fill(done, c.eos_token_ids[0])
     speaking, finished, text_scores = state.speaking, state.finished | done, None
-    if mixed:
-        text_scores = model.text_lm_head(hidden).float()
+    if text_logits is not None:
+        text_scores = text_logits.float()
         # Placeholders stand for frames; the text head must not write them.
         text_scores[:, [c.audio_token_id, c.audio_delay_token_id]] = NEVER
         if how.do_sample:
@@ -209,6 +211,7 @@ def generate(
     mixed = bool(state.to_text.any())
     cache = StaticKVCache(c, batch, length + steps, device, model.dtype)
     hidden = prefill(model, cache, input_ids, attention_mask, audio_input_ids, audio_input_ids_mask)
+    skinny = SkinnyDecoder(model, batch) if SkinnyDecoder.serves(model, batch) and not mixed else None
 
     sequences = torch.cat((input_ids, input_ids.new_zeros(batch, steps)), dim=1)
     frames = input_ids.new_full((batch, steps, c.num_codebooks), c.audio_stream_eos_id)
@@ -221,11 +224,14 @@ def generate(
     done = 0
     for step in range(steps):
         if step:
-            hidden = decode_one_frame(model, cache, state, mixed)
+            hidden = skinny.decode_one_frame(cache, state) if skinny else decode_one_frame(model, cache, state, mixed)
             state = replace(state, position=state.position + 1)
         running[:, step] = ~state.finished
         is_frame[:, step] = state.speaking & ~state.finished
-        choice = choose(model, hidden, state, step, how, mixed, logits_processor, sequences[:, : length + step])
+        audio_logits = (skinny or model).audio_logits(hidden)
+        text_logits = model.text_lm_head(hidden) if mixed else None
+        so_far = sequences[:, : length + step]
+        choice = choose(c, audio_logits, state, step, how, text_logits, logits_processor, so_far)
         state = choice.state
         sequences[:, length + step] = state.token
         frames[:, step] = torch.where(is_frame[:, step, None], state.frame, c.audio_stream_eos_id)
