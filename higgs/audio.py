@@ -80,7 +80,9 @@ def read_audio(source: AudioSource, *, sampling_rate_of_array: int | None = None
         raise UserError(f"{name} holds {broken} samples that are NaN or infinite; repair or re-export the clip.")
     share = float((channels.abs() >= FULL_SCALE).float().mean())
     if share > CLIPPED_SHARE:
-        warnings.warn(f"{name} is clipped: {share:.1%} of its samples are at full scale. It is used as it is.", stacklevel=2)
+        warnings.warn(
+            f"{name} is clipped: {share:.1%} of its samples are at full scale. It is used as it is.", stacklevel=2
+        )
     return Waveform(channels.mean(dim=0), int(rate))
 
 
@@ -168,7 +170,9 @@ def _decode_file(source: str | os.PathLike | bytes, name: str) -> tuple[Tensor, 
         handle = io.BytesIO(source)
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
         handle = io.BytesIO(_download(source))
-    elif isinstance(source, str) and (source.startswith("data:") or (not os.path.exists(source) and _is_base64(source))):
+    elif isinstance(source, str) and (
+        source.startswith("data:") or (not os.path.exists(source) and _is_base64(source))
+    ):
         text = source.partition(",")[2] if source.startswith("data:") else source
         try:
             handle = io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
@@ -196,7 +200,9 @@ def _download(url: str) -> bytes:
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
             return response.read()
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise UserError(f"Audio file {url} cannot be downloaded ({error}); check the address, or use a file.") from error
+        raise UserError(
+            f"Audio file {url} cannot be downloaded ({error}); check the address, or use a file."
+        ) from error
 
 
 def _is_base64(text: str) -> bool:

@@ -139,7 +139,7 @@ class ChatBuilder:
             raise UserError(f"{where} must come directly after the system message; move it to place 1.")
         items = tuple(self._items(where, message.get("content")))
         if role == "system" and len(items) > 1:
-            raise UserError(f"{where} holds {len(items)} items, but the chat format keeps one; join them into one text.")
+            raise UserError(f"{where} holds {len(items)} items, but the chat format keeps one; join them.")
         if role in ("system", "user") and any(item.audio is not None for item in items):
             raise UserError(
                 f"{where} holds audio, which this model reads in scene and assistant messages only; give a reference "
@@ -171,7 +171,7 @@ class ChatBuilder:
         # Scene tags may stand in a system text (the original's own prompts do that); any other control token would
         # open a turn or an audio slot that the conversation does not have.
         for token in (getattr(self.tokens, entry.name) for entry in fields(self.tokens)):
-            if token in text and token not in (self.tokens.scene_start, self.tokens.scene_end):
+            if token and token in text and token not in (self.tokens.scene_start, self.tokens.scene_end):
                 raise UserError(f"{where} contains the control token {token}; take it out of the text.")
         return text.strip()
 
@@ -210,8 +210,8 @@ def expand_audio(text: str, num_frames: Sequence[int], num_codebooks: int, token
     found = text.count(tokens.audio)
     if found != len(num_frames):
         raise UserError(
-            f"The text has {found} audio placeholders ({tokens.audio}) but {len(num_frames)} clips were given; give one "
-            "clip per placeholder, in order."
+            f"The text has {found} audio placeholders ({tokens.audio}) but {len(num_frames)} clips were given; "
+            "give one clip per placeholder, in order."
         )
     counts = iter(delayed_length(length, num_codebooks) for length in num_frames)
     tail = num_codebooks - 1

@@ -48,3 +48,22 @@ def wrap_and_delay(codes: Tensor, bos: int, eos: int) -> Tensor:
     wrapped = torch.nn.functional.pad(codes.long(), (1, 1))
     wrapped[:, 0], wrapped[:, -1] = bos, eos
     return build_delay_pattern(wrapped[None], bos, eos)[0].T.contiguous()
+
+
+def generated_codes(frames: Tensor, bos: int, eos: int) -> Tensor:
+    """The codes [K, T] of the last clip in one sequence of delayed frames [F, K], as a decoder wrote it.
+
+    The clip runs from behind the last all-BOS frame (else from the start) to the first all-EOS frame after it (else to
+    the end). Frames in which any codebook has ended are dropped: they are no sound, and decoding them adds noise. T is
+    0 where no frame is complete.
+    """
+    opened = (frames == bos).all(-1).nonzero()[-1:, 0].tolist()
+    frames = frames[opened[0] + 1 :] if opened else frames
+    codes = revert_delay_pattern(frames[: _first((frames == eos).all(-1))])
+    return codes[: _first((codes == eos).any(-1))].T
+
+
+def _first(mask: Tensor) -> int | None:
+    """The index of the first True of a mask [F]; None, the end of a slice, without one."""
+    found = mask.nonzero()[:1, 0].tolist()
+    return found[0] if found else None

@@ -33,6 +33,7 @@ SPECIAL_TOKENS = (
 )
 HF_FILE, SENTENCEPIECE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 DEFAULT_NAMES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|end_of_text|>"}
+ADDED_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class TextTokenizer(Protocol):
@@ -114,8 +115,8 @@ class HFTokenizer(_NamedTokens):
         added = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
         for token_id, entry in added:
             if tokenizer.token_to_id(entry["content"]) is None:
-                special = tokenizers.AddedToken(**{key: entry[key] for key in entry if key != "__type"})
-                tokenizer.add_special_tokens([special]) if entry.get("special") else tokenizer.add_tokens([special])
+                token = tokenizers.AddedToken(**{key: entry[key] for key in ADDED_TOKEN_FIELDS if key in entry})
+                tokenizer.add_special_tokens([token]) if entry.get("special") else tokenizer.add_tokens([token])
             if tokenizer.token_to_id(entry["content"]) != int(token_id):
                 raise UserError(
                     f"{CONFIG_FILE} gives token {entry['content']!r} the id {token_id}, {HF_FILE} gives it "
@@ -133,7 +134,9 @@ class HFTokenizer(_NamedTokens):
         except Exception as error:  # the library raises bare Exception for a missing and for a broken file
             raise UserError(f"Cannot read the text tokenizer {path}: {error}. Download the file again.") from error
         # Older checkpoints keep the names of the special tokens in a file of their own.
-        return cls(tokenizer, _read_json(Path(folder) / "special_tokens_map.json") | _read_config(Path(folder)))
+        named = _read_json(Path(folder) / "special_tokens_map.json")
+        given = {key: value for key, value in _read_config(Path(folder)).items() if value is not None}
+        return cls(tokenizer, named | given)
 
     @property
     def vocab_size(self) -> int:
@@ -253,7 +256,9 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            max_sentence_length=max(len(line.encode()) for line in lines) + 1,  # longer ones are dropped in silence
+            max_sentence_length=max(
+                4192, *(len(line.encode()) + 1 for line in lines)
+            ),  # longer ones are dropped silently
             num_threads=num_threads,
             minloglevel=2,
         )

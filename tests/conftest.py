@@ -3,10 +3,17 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import HealthCheck, settings
 from tiny import build_hf_codec, build_tokenizer
+
+from higgs.chat_template import own_template
+from higgs.checkpoint.io import load_codec
+from higgs.processor import HiggsAudioV2Processor
+from higgs.text import HFTokenizer
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +48,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def hf_codec():
-    """transformers' `HiggsAudioV2TokenizerModel`, random, tiny, 8 codebooks of 1024 codes, hop 960. Do not change it."""
+    """transformers' codec, random, tiny, 8 codebooks of 1024 codes, hop 960. Do not change it."""
     pytest.importorskip("transformers")
     return build_hf_codec()
 
@@ -52,3 +59,40 @@ def codec_folder(hf_codec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("codec")
     hf_codec.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer_folder, codec_folder) -> HiggsAudioV2Processor:
+    """Of the tiny tokenizer and the tiny codec. Do not change it."""
+    return HiggsAudioV2Processor(
+        tokenizer=HFTokenizer.from_folder(tokenizer_folder), audio_tokenizer=load_codec(codec_folder)
+    )
+
+
+@pytest.fixture(scope="session")
+def hf_processor(tokenizer_folder, codec_folder):
+    """transformers' processor, its codec loaded as a checkpoint has it."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.HiggsAudioV2Processor(
+        transformers.DacFeatureExtractor(feature_size=1, sampling_rate=24000, hop_length=1),
+        transformers.AutoTokenizer.from_pretrained(tokenizer_folder),
+        transformers.HiggsAudioV2TokenizerModel.from_pretrained(codec_folder),
+        chat_template=own_template(),
+    )
+
+
+@pytest.fixture(scope="session")
+def waveforms() -> list[np.ndarray]:
+    """Noise at 24 kHz; two of the three lengths are no multiple of the hop."""
+    generator = np.random.default_rng(0)
+    return [generator.normal(scale=0.1, size=length).astype(np.float32) for length in (1920, 2897, 4799)]
+
+
+@pytest.fixture(scope="session")
+def clip_files(waveforms, tmp_path_factory) -> list[str]:
+    """`waveforms` as files."""
+    folder = tmp_path_factory.mktemp("clips")
+    paths = [str(folder / f"{place}.wav") for place in range(len(waveforms))]
+    for path, waveform in zip(paths, waveforms, strict=True):
+        soundfile.write(path, waveform, 24000, subtype="FLOAT")
+    return paths

@@ -9,7 +9,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from higgs.text import SPECIAL_TOKENS
 
 # How Llama 3 cuts text before the merges; the detail that matters here: "\n\n" after a header is a piece of its own.
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
 CORPUS = (
     "system\n\nuser\n\nassistant\n\n",
     "Generate audio following instruction. Audio is recorded from a quiet room.",
@@ -80,8 +90,7 @@ def build_hf_codec(num_codebooks: int = 8, codebook_size: int = 1024, seed: int 
         },
     )
     assert config.num_quantizers == num_codebooks, (config.num_quantizers, num_codebooks)
-    devices = []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         codec = HiggsAudioV2TokenizerModel(config).eval()
         for stage in codec.quantizer.quantizers:

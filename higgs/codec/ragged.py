@@ -20,7 +20,10 @@ from higgs.errors import UserError
 
 @dataclass(frozen=True)
 class Ragged:
-    """Values [B, C, T] and the valid length of each row (None: every row fills T)."""
+    """Values [B, C, T] and the valid length of each row (None: every row fills T).
+
+    The values belong to it: without gradient, what lies past a row's length is overwritten in place.
+    """
 
     values: Tensor
     lengths: tuple[int, ...] | None = None
@@ -39,7 +42,7 @@ class Ragged:
         if len(rows) != size or min(rows) < 1 or max(rows) > time:
             raise UserError(f"`lengths` must be {size} numbers from 1 to {time}, one per row of the batch; got {rows}.")
         values = values[..., : max(rows)]
-        return cls(values, rows if min(rows) < max(rows) else None)
+        return cls(values.clone(), rows) if min(rows) < max(rows) else cls(values)
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
@@ -54,8 +57,15 @@ class Ragged:
 
     def masked(self, fill: float = 0.0) -> Tensor:
         """The values [B, C, T] with `fill` past each row's length."""
-        valid = self.valid()
-        return self.values if valid is None else self.values.masked_fill(~valid[:, None], fill)
+        if self.lengths is None:
+            return self.values
+        if torch.is_grad_enabled():
+            return self.values.masked_fill(~self.valid()[:, None], fill)
+        if self.values.is_cuda:
+            return self.values.masked_fill_(~self.valid()[:, None], fill)
+        for row, end in zip(self.values, self.lengths, strict=True):  # touches the padding only
+            row[..., end:] = fill
+        return self.values
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Ragged":
         """Apply what works on every time step by itself."""

@@ -90,7 +90,7 @@ class SemanticDecoder(nn.Module):
         widths = [int(size * ratio) for ratio in config.channel_ratios] + [size]
         self.conv1 = nn.Conv1d(size, widths[0], config.kernel_size, padding=padding, bias=False)
         self.conv_blocks = nn.ModuleList(
-            DecoderStage(config, *shape) for shape in zip(widths, widths[1:], config.strides, strict=True)
+            DecoderStage(config, *shape) for shape in zip(widths, widths[1:], config.strides, strict=False)
         )
         self.conv2 = nn.Conv1d(size, size, config.kernel_size, padding=padding, bias=False)
 

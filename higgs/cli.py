@@ -1,0 +1,113 @@
+"""What the entry points share: free text on the command line, strict configs, errors as one sentence."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from higgs.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+Schema = TypeVar("Schema")
+
+
+def quote_free_text(arguments: list[str], keys: set[str]) -> list[str]:
+    """Quotes the values of `keys`, so that a sentence with commas, colons and brackets is not read as Hydra syntax.
+
+    A value that is quoted already, or empty, stays. `$` is escaped, since text holds no interpolations.
+    """
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in keys and equals and value and not re.fullmatch(r"""(['"]).*\1|null""", value, re.DOTALL):
+            # In Hydra's grammar a backslash counts only before a quote; `$` starts an interpolation.
+            value = re.sub(r"(\\*)'", r"\1\1\\'", value)
+            value = re.sub(r"(\\+)$", r"\1\1", value)
+            value = value.replace("${", "\\${")
+            argument = f"{key}='{value}'"
+        quoted.append(argument)
+    return quoted
+
+
+def check_overrides(config_name: str, arguments: list[str]) -> None:
+    """Composes the config once before Hydra's own start, so that a mistake is one sentence and not a page."""
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            hydra.compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, config_name)) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """One sentence from Hydra's or OmegaConf's message, with a suggestion where a key is close to a real one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    missing = re.search(r"Could not override '([^']+)'", str(error))
+    if missing:
+        return f"There is no config key '{missing[1]}'.{suggestion(missing[1], config_name)}"
+    group = re.search(r"In '[^']*': Could not find '([^']+)'", str(error)) or re.search(
+        r"Could not find '([^']+)'", str(error)
+    )
+    if group:
+        folder = CONFIGS / Path(group[1]).parent
+        options = sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
+        return f"There is no config '{group[1]}'." + (f" There are: {', '.join(options)}." if options else "")
+    # Everything up to Hydra's advice on sweeping and appending, which does not help here.
+    return " ".join(line for line in lines if not re.match(r"(To append|full_key|object_type|See https)", line))
+
+
+def suggestion(key: str, config_name: str) -> str:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        known = flat_keys(hydra.compose(config_name))
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else f" Its keys are in configs/{config_name}.yaml."
+
+
+def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        keys.append(prefix + str(key))
+        if OmegaConf.is_dict(config) and not OmegaConf.is_missing(config, key) and OmegaConf.is_dict(config[key]):
+            keys += flat_keys(config[key], f"{prefix}{key}.")
+    return keys
+
+
+def to_dataclass(schema: type[Schema], config: DictConfig) -> Schema:
+    """A typed object from a composed config; a key that the dataclass lacks (also one added with `+`) is an error."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        if "not in '" in str(error):
+            key = getattr(error, "full_key", None) or str(error).split("'")[1]
+            raise UserError(f"There is no config key '{key}'. Leave it out, or check its spelling.") from error
+        if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in str(error):
+            key = str(error).split(":")[-1].split()[0]
+            raise UserError(f"The config key '{key}' has no value; give it on the command line: {key}=…") from error
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def run(main: Callable[[], Any], config_name: str, free_text: set[str] | None = None) -> None:
+    """Runs a Hydra main: a user's mistake is one sentence on standard error and exit status 2, without a traceback."""
+    sys.argv[1:] = quote_free_text(sys.argv[1:], free_text or set())
+    try:
+        if not any(argument in ("--help", "-h", "--hydra-help", "--multirun", "-m") for argument in sys.argv[1:]):
+            check_overrides(config_name, sys.argv[1:])
+        main()
+    except UserError as error:
+        fail(error)
+
+
+def fail(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,52 @@
+"""Pictures for people who would rather look: spectrogram with codes, loss curves.
+
+Shapes: L samples, M mel bands, K codebooks, F frames.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from higgs.audio import log_mel
+
+matplotlib.use("Agg")  # files only: no display is needed or opened
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a PNG aside, then renames it."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.part")
+    figure.savefig(aside, format="png", dpi=110, bbox_inches="tight")
+    os.replace(aside, path)
+
+
+def save_speech_plot(path: str | Path, waveform: Tensor, sample_rate: int, codes: Tensor) -> None:
+    """Log-mel spectrogram of samples [L] above the map of their codes [K, F]."""
+    figure = Figure(figsize=(10, 5))
+    sound, tokens = figure.subplots(2, 1, gridspec_kw={"height_ratios": [3, 1]})
+    seconds = waveform.numel() / sample_rate
+    mel = log_mel(waveform, sample_rate).cpu().numpy()
+    sound.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, mel.shape[0]), cmap="magma")
+    sound.set(ylabel="mel band", title=f"{seconds:.2f} s")
+    tokens.imshow(
+        codes.cpu().numpy(), origin="lower", aspect="auto", interpolation="nearest", cmap="viridis",
+        extent=(0, seconds, -0.5, codes.shape[0] - 0.5),
+    )  # fmt: skip
+    tokens.set(xlabel="time in s", ylabel="codebook")
+    save_figure(figure, path)
+
+
+def save_curves(path: str | Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str) -> None:
+    """Named curves (x, y) on a logarithmic axis."""
+    figure = Figure(figsize=(8, 4))
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name)
+    axes.set(xlabel=xlabel, ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
