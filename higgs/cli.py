@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import hydra.utils
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -95,6 +96,18 @@ def to_dataclass(schema: type[Schema], config: DictConfig) -> Schema:
             key = str(error).split(":")[-1].split()[0]
             raise UserError(f"The config key '{key}' has no value; give it on the command line: {key}=…") from error
         raise UserError(" ".join(str(error).split())) from error
+
+
+def build(node: DictConfig, **more: Any) -> Any:
+    """Instantiates a config node; a key that its class does not take is the user's mistake."""
+    try:
+        return hydra.utils.instantiate(node, **more)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        if isinstance(error.__cause__, TypeError):
+            raise UserError(f"The config of {node.get('_target_')} does not fit: {error.__cause__}.") from error
+        raise
 
 
 def run(main: Callable[[], Any], config_name: str, free_text: set[str] | None = None) -> None:

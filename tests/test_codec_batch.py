@@ -48,17 +48,17 @@ def check_batch_equals_single(codec: Codec, clips: list[torch.Tensor], filling: 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@torch.no_grad()
-def test_real_speech_is_coded_alike_alone_and_in_a_batch(shape: str, shared_data):
+@pytest.mark.parametrize("gradient", [False, True])  # without, a CPU codes small groups; with, the batch as a whole
+def test_real_speech_is_coded_alike_alone_and_in_a_batch(shape: str, gradient: bool, shared_data):
     codec = codec_of(shape)
     files = sorted((shared_data / "ljspeech").glob("*.flac"))[:3]
     clips = [
         load_audio(file, codec.sample_rate)[:length] for file, length in zip(files, (40001, 12345, 480), strict=True)
     ]
-    check_batch_equals_single(codec, clips, filling=0.7, extra=777)
+    with torch.set_grad_enabled(gradient):
+        check_batch_equals_single(codec, clips, filling=0.7, extra=777)
 
 
-@torch.no_grad()
 def test_clips_that_need_and_do_not_need_acoustic_padding_share_a_batch():
     codec = codec_of("release-like")
     sides = {n: codec._acoustic_padding((n,))[0][0] for n in range(8000, 10000, 40)}
@@ -91,6 +91,22 @@ def test_equal_lengths_take_the_plain_path():
     trimmed = codec.encode(batch, lengths=torch.tensor([5000, 5000]))
     assert torch.equal(plain.audio_codes, trimmed.audio_codes)
     assert Ragged.from_batch(batch, [5000, 5000]).lengths is None
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 80))
+def test_groups_keep_rows_in_place_and_within_the_limit(lengths: list[int], limit: int):
+    batch = Ragged.from_batch(torch.randn(len(lengths), 2, max(lengths) + 3), lengths)
+    sizes = []
+
+    def double(group: Ragged) -> Ragged:
+        sizes.append(group.values.shape[0] * group.values.shape[-1] * (len(group.row_lengths) > 1))
+        return group.map(lambda values: 2 * values).every(2)
+
+    with torch.no_grad():
+        grouped, plain = batch.in_groups(double, limit), double(batch)
+    assert max(sizes[:-1]) <= limit
+    assert grouped.row_lengths == plain.row_lengths == tuple(-(-n // 2) for n in lengths)
+    assert torch.equal(grouped.masked(), plain.masked())
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.integers(1, 9000))

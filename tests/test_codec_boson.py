@@ -45,10 +45,10 @@ def test_file_of_the_release_gives_the_same_codes(codec: Codec, boson: dict, tmp
     boson["fc1.weight"] = torch.zeros(3)  # the release's file carries both of these; nothing uses them
     boson["semantic_model.masked_spec_embed"] = torch.zeros(64)
     torch.save(boson, tmp_path / "model.pth")
-    converted = boson_codec_to_hf(torch.load(tmp_path / "model.pth", weights_only=True), BOSON_CONFIG)
-    assert converted.config == codec.config
-    loaded = Codec(converted.config).eval()
-    loaded.load_state_dict(converted.state_dict, strict=True)
+    config, state = boson_codec_to_hf(torch.load(tmp_path / "model.pth", weights_only=True), BOSON_CONFIG)
+    assert config == codec.config
+    loaded = Codec(config).eval()
+    loaded.load_state_dict(state, strict=True)
     clips = 0.3 * torch.randn(2, 1, 9999, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = codec.encode(clips), loaded.encode(clips)

@@ -7,7 +7,6 @@ Its config says nothing of the widths of its parts; they are read off the tensor
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +20,6 @@ UNUSED = re.compile(r"semantic_model\.masked_spec_embed|fc1\..*")
 # The release's config keys that change what is computed in a way this codec has no counterpart for -> what it supports.
 SUPPORTED = {"downsample_mode": "step_down", "merge_mode": "concat", "vq_scale": 1}
 WEIGHT_G, WEIGHT_V, WEIGHT = ".weight_g", ".weight_v", ".weight"
-
-
-@dataclass(frozen=True)
-class HfCodec:
-    """A converted codec: its config and a state dict with this project's names."""
-
-    config: HiggsAudioV2TokenizerConfig
-    state_dict: dict[str, Tensor]
 
 
 def key_map(config: HiggsAudioV2TokenizerConfig) -> dict[str, str]:
@@ -123,8 +114,8 @@ def to_boson(state_dict: dict[str, Tensor], config: HiggsAudioV2TokenizerConfig)
 
 def boson_codec_to_hf(
     state_dict: dict[str, Tensor], boson_config: dict[str, Any], semantic_config: SemanticConfig | None = None
-) -> HfCodec:
-    """Convert the original release's codec.
+) -> tuple[HiggsAudioV2TokenizerConfig, dict[str, Tensor]]:
+    """Convert the original release's codec to this project's config and state dict.
 
     Args:
         state_dict: its `model.pth`, loaded with `weights_only=True`.
@@ -155,7 +146,7 @@ def boson_codec_to_hf(
                 f"Tensor {name} of the codec's model.pth has shape {tuple(tensor.shape)} but its config.json asks for "
                 f"{tuple(expected[name].shape)}. Check that both files are of the same release."
             )
-    return HfCodec(config, converted)
+    return config, converted
 
 
 def _config_from_boson(

@@ -10,7 +10,7 @@ rounding of floating-point sums.
 Shapes: B batch, L samples, T frames, K codebooks, C channels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,7 @@ from higgs.codec.ragged import Ragged, conv_length
 from higgs.codec.semantic import SemanticDecoder, SemanticEncoder
 from higgs.errors import UserError
 
+CPU_GROUP_SECONDS = 1.5  # how much sound is worth coding together on a CPU; see `Ragged.in_groups`
 TEACHER_PADDING = 160  # samples of silence on either side of what the teacher hears
 
 
@@ -148,9 +149,8 @@ class Codec(nn.Module):
                 f"Codes run from {low} to {high}, but the codebooks hold 0 to {self.config.codebook_size - 1}; "
                 "revert the delay pattern and drop the stream's begin and end codes before decoding."
             )
-        features = self.quantizer.decode(indices)
-        audio = self.acoustic_decoder(Ragged(self.fc2(features).transpose(1, 2), codes.lengths))
-        values = audio.masked(0.0)
+        audio = self._run(self._decode, Ragged(indices, codes.lengths), CPU_GROUP_SECONDS * self.frame_rate)
+        values = audio.masked()
         if not return_dict:
             return values
         return DecoderOutput(values, torch.tensor(audio.row_lengths, device=values.device))
@@ -171,13 +171,25 @@ class Codec(nn.Module):
         elif lengths is not None:
             frames = torch.tensor([min(self.code_length(int(n)), audio_codes.shape[-1]) for n in lengths])
         values = self.decode(audio_codes, frames, return_dict=False)
-        values = Ragged.from_batch(values, None if lengths is None else lengths.clamp(max=values.shape[-1])).masked(0.0)
+        values = Ragged.from_batch(values, None if lengths is None else lengths.clamp(max=values.shape[-1])).masked()
         values = values[..., : input_values.shape[-1]]
         return CodecOutput(audio_codes, values) if return_dict else (audio_codes, values)
 
     def embed(self, input_values: Tensor, lengths: Tensor | None = None) -> Ragged:
         """The joint features [B, C, T] that are quantized, of waveforms as in `encode`."""
         waveform = self._check_waveform(input_values, lengths)
+        return self._run(self._embed, waveform, CPU_GROUP_SECONDS * self.sample_rate)
+
+    def _run(self, function: Callable[[Ragged], Ragged], batch: Ragged, cpu_limit: float) -> Ragged:
+        if batch.values.device.type == "cpu" and not torch.is_grad_enabled():
+            return batch.in_groups(function, int(cpu_limit))
+        return function(batch)
+
+    def _decode(self, codes: Ragged) -> Ragged:
+        features = self.quantizer.decode(codes.values)
+        return self.acoustic_decoder(Ragged(self.fc2(features).transpose(1, 2), codes.lengths))
+
+    def _embed(self, waveform: Ragged) -> Ragged:
         semantic = self.encoder_semantic(self.semantic_features(waveform))
         acoustic = self.acoustic_encoder(waveform.pad(*self._acoustic_padding(waveform.row_lengths)))
         # Both branches normally give the same number of frames; the shorter one decides where they do not.

@@ -10,6 +10,7 @@ Shapes: B batch, C channels, T time at whatever rate the layer runs.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +62,7 @@ class Ragged:
             return self.values
         if torch.is_grad_enabled():
             return self.values.masked_fill(~self.valid()[:, None], fill)
-        if self.values.is_cuda:
-            return self.values.masked_fill_(~self.valid()[:, None], fill)
-        for row, end in zip(self.values, self.lengths, strict=True):  # touches the padding only
-            row[..., end:] = fill
-        return self.values
+        return self.values.masked_fill_(~self.valid()[:, None], fill)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Ragged":
         """Apply what works on every time step by itself."""
@@ -96,6 +93,31 @@ class Ragged:
             values = self.values.new_zeros(*self.values.shape[:-1], max(rows))
             for row, (start, n) in enumerate(zip(left, self.row_lengths, strict=True)):
                 values[row, :, start : start + n] = self.values[row, :, :n]
+        return Ragged(values, rows if min(rows) < max(rows) else None)
+
+    def select(self, rows: Sequence[int]) -> "Ragged":
+        """The given rows as a batch of their own, no longer than the longest of them."""
+        return Ragged.from_batch(self.values[list(rows)], [self.row_lengths[row] for row in rows])
+
+    def in_groups(self, function: Callable[["Ragged"], "Ragged"], limit: int) -> "Ragged":
+        """Apply `function` to groups of rows of similar length, each of at most `limit` time steps (or one row).
+
+        On a CPU a batch pays only while it is small: beyond that it leaves the caches, and its padding costs time.
+        """
+        groups: list[list[int]] = []
+        for row in sorted(range(len(self.row_lengths)), key=lambda row: -self.row_lengths[row]):
+            if groups and (len(groups[-1]) + 1) * self.row_lengths[groups[-1][0]] <= limit:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        if len(groups) == 1:
+            return function(self)
+        parts = [function(self.select(group)) for group in groups]
+        lengths = dict(zip(chain(*groups), (n for part in parts for n in part.row_lengths), strict=True))
+        rows = tuple(lengths[row] for row in range(len(lengths)))
+        values = parts[0].values.new_zeros(len(rows), parts[0].values.shape[1], max(rows))
+        for group, part in zip(groups, parts, strict=True):
+            values[group, :, : part.values.shape[-1]] = part.values
         return Ragged(values, rows if min(rows) < max(rows) else None)
 
     def __add__(self, other: "Ragged") -> "Ragged":

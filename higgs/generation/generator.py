@@ -142,14 +142,17 @@ def choose(
     if text_logits is not None:
         text_scores = text_logits.float()
         # Placeholders stand for frames; the text head must not write them.
-        text_scores[:, [c.audio_token_id, c.audio_delay_token_id]] = NEVER
+        for placeholder in (c.audio_token_id, c.audio_delay_token_id):
+            text_scores[:, placeholder].fill_(NEVER)
         if how.do_sample:
             text_scores = warp(text_scores, how.temperature, how.top_k, how.top_p)
         text = draw(text_scores, state.seeds, step, stream=2) if how.do_sample else text_scores.argmax(dim=-1)
         if c.eos_token_ids:
             text = text.masked_fill(state.finished, c.eos_token_ids[0])
         token = torch.where(speaking, token, text)
-        turn_over = torch.isin(text, torch.tensor(c.eos_token_ids, device=text.device, dtype=text.dtype))
+        turn_over = torch.zeros_like(finished)
+        for end in c.eos_token_ids:
+            turn_over = turn_over | (text == end)
         finished = state.finished | torch.where(speaking, done, turn_over)
     window = torch.cat((state.window[:, 1:], codes[:, None]), dim=1)
     return Choice(

@@ -52,7 +52,8 @@ def uniform(shape: tuple[int, ...], seeds: Tensor, step: Tensor | int, stream: i
         size *= length
     place = torch.arange(size, device=seeds.device)
     key = _mix(_mix(seeds & 0xFFFFFFFF) ^ ((seeds >> 32) & 0xFFFFFFFF))
-    key = _mix(key ^ _mix(torch.as_tensor(step, device=seeds.device) * 8 + stream))
+    # Added on the device: a step that is a plain number made into a tensor would be a copy from the host, and a wait.
+    key = _mix(key ^ _mix(torch.zeros_like(seeds) + step * 8 + stream))
     bits = _mix(key[:, None] ^ _mix(place + 0x9E3779B9))
     return (((bits >> 8).float() + 0.5) / 2**24).view(shape)
 

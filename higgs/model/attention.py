@@ -63,11 +63,11 @@ class Attention(nn.Module):
 def causal_mask(attention_mask: Tensor) -> Tensor:
     """Causal attention without a cache over rows with padding: [B, T], 1 at real tokens -> [B, 1, T, T], True = may look.
 
-    A padded position looks at itself alone, so that its softmax stays finite.
+    Padding before a row's first token looks at nothing; scaled_dot_product_attention then gives zeros, as in the
+    reference, whose compatibility labels train the first token from what stands before it.
     """
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    causal = columns <= columns[:, None]
-    return (attention_mask[:, None, None, :].bool() & causal) | (columns == columns[:, None])
+    return attention_mask[:, None, None, :].bool() & (columns <= columns[:, None])
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

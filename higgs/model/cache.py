@@ -55,8 +55,8 @@ class StaticKVCache:
     def begin(self, new: int, attention_mask: Tensor | None = None) -> Tensor:
         """Opens `new` columns and returns the mask [B, 1, T, W], True where a new position may look.
 
-        `attention_mask` [B, filled + new] is 1 at real tokens; without it the new ones are real. A padded position
-        looks at itself alone, so that its softmax stays finite. Raises UserError when the cache is too small.
+        `attention_mask` [B, filled + new] is 1 at real tokens; without it the new ones are real. Padding before a row's
+        first token looks at nothing (see `causal_mask`). Raises UserError when the cache is too small.
         """
         needed = self.length + new
         if needed > self.capacity:
@@ -69,9 +69,7 @@ class StaticKVCache:
         if not self.full_window:
             self.window = min(self.capacity, -(-needed // WINDOW_STEP) * WINDOW_STEP)
         seen = self.columns[: self.window]
-        causal = seen <= self.new[:, None]
-        itself = seen == self.new[:, None]
-        return (self.real[:, None, None, : self.window] & causal) | itself
+        return self.real[:, None, None, : self.window] & (seen <= self.new[:, None])
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new columns [B, H, T, D] of one layer and returns what attention reads, each [B, H, W, D]."""

@@ -24,11 +24,13 @@ IGNORE = -100
 class LossSums:
     """Summed cross-entropies and their label counts: codebooks [K] each, text scalars (None without a text loss).
 
-    Sums add up over micro-batches and ranks; divide once, by the global counts.
+    Sums add up over micro-batches and ranks; divide once, by the global counts. `codebook_right` [K] counts the labels
+    that were also the likeliest code.
     """
 
     codebook_sum: Tensor | None = None
     codebook_count: Tensor | None = None
+    codebook_right: Tensor | None = None
     text_sum: Tensor | None = None
     text_count: Tensor | None = None
 
@@ -76,6 +78,11 @@ def decoder_loss(
     sums = LossSums()
     before = hidden[:, :-1].flatten(0, 1)
     if audio_labels is not None:
+        if audio_mask is not None and audio_mask.shape != audio_labels.shape[:2]:
+            raise UserError(
+                f"audio_labels are {list(audio_labels.shape)}, but audio_input_ids_mask is {list(audio_mask.shape)}; both "
+                "need the same rows and frames. Build them with the processor from the same conversation."
+            )
         frames = audio_labels.flatten(0, 1) if audio_mask is None else audio_labels[audio_mask.bool()]
         if frames.shape[0] != int(placeholders.sum()):
             raise UserError(
@@ -90,6 +97,7 @@ def decoder_loss(
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
         sums.codebook_sum = losses.view_as(targets).sum(dim=0)
         sums.codebook_count = (targets != IGNORE).sum(dim=0)
+        sums.codebook_right = (logits.detach().argmax(dim=-1) == targets).sum(dim=0)
     if labels is not None and model.text_lm_head is not None:
         targets = labels[:, 1:].flatten()
         rows = (targets != IGNORE).nonzero()[:, 0]
