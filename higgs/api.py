@@ -141,7 +141,9 @@ class HiggsAudioV2ForConditionalGeneration(DualFFNDecoder):
         if input_ids is None:
             raise UserError("generate needs input_ids: pass the processor's output as model.generate(**inputs).")
         if not use_cache:
-            raise UserError("use_cache=False: generation here is cached; higgs.generation.reference_generate recomputes.")
+            raise UserError(
+                "use_cache=False: generation here is cached; higgs.generation.reference_generate recomputes."
+            )
         if max_length is not None:
             options.setdefault("max_new_tokens", max_length - input_ids.shape[1])
         how = (generation_config or self.generation_config).updated(**options)

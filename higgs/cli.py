@@ -95,13 +95,14 @@ def to_dataclass(schema: type[Schema], config: DictConfig) -> Schema:
         if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in str(error):
             key = str(error).split(":")[-1].split()[0]
             raise UserError(f"The config key '{key}' has no value; give it on the command line: {key}=…") from error
-        raise UserError(" ".join(str(error).split())) from error
+        key = getattr(error, "full_key", None)
+        raise UserError((f"{key}: " if key else "") + str(error).splitlines()[0].rstrip(".") + ".") from error
 
 
 def build(node: DictConfig, **more: Any) -> Any:
-    """Instantiates a config node; a key that its class does not take is the user's mistake."""
+    """Instantiates a config node with `more` merged in; a key that its class does not take is the user's mistake."""
     try:
-        return hydra.utils.instantiate(node, **more)
+        return hydra.utils.instantiate(OmegaConf.merge(node, more))
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error

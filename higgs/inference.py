@@ -3,7 +3,6 @@
 Shapes: B batch, F frames, K codebooks, L samples.
 """
 
-import json
 import re
 import sys
 import time
@@ -21,6 +20,7 @@ from higgs.api import HiggsAudioV2ForConditionalGeneration
 from higgs.audio import FORMATS, load_audio
 from higgs.batch import BatchFeature
 from higgs.chat import check_conversation
+from higgs.data.manifest import Sample, parse_json, parse_sample, read_text
 from higgs.errors import UserError
 from higgs.processor import HiggsAudioV2Processor
 from higgs.transcript import normalize_transcript
@@ -28,7 +28,7 @@ from higgs.transcript import normalize_transcript
 ONE_VOICE = "Generate audio following instruction."
 SEVERAL_VOICES = """You are an AI assistant designed to convert text into speech.
 If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech for the following text, using the specified voice.
-If no speaker tag is present, select a suitable voice on your own."""  # noqa: E501
+If no speaker tag is present, select a suitable voice on your own."""
 QUIET_ROOM = "Audio is recorded from a quiet room."
 
 
@@ -92,14 +92,6 @@ class InferConfig:
 
 
 @dataclass
-class Job:
-    """One conversation of a run, under the name of its output file."""
-
-    name: str
-    messages: list[dict[str, Any]]
-
-
-@dataclass
 class Speech:
     """What one conversation became: samples [L] at `sample_rate`, codes [K, F], and text where the model wrote any."""
 
@@ -146,68 +138,33 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def read_conversations(path: str | Path) -> list[Job]:
+def read_conversations(path: str | Path) -> list[Sample]:
     """Conversations from YAML, JSON or JSONL: a list of messages, `{"id"?, "messages"}`, or a list of such.
 
     Audio paths are relative to the file. Raises UserError naming the file and, in JSONL, the line.
     """
     path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The conversation file {path} cannot be read ({error}). Check the path.") from error
-    entries: list[tuple[str, Any]] = []
+    content = read_text(path)
     if path.suffix == ".jsonl":
-        for number, line in enumerate(content.splitlines(), 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    entries.append((where, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where} is not valid JSON ({error}).") from error
+        lines = [
+            (f"{path}, line {number}", line) for number, line in enumerate(content.splitlines(), 1) if line.strip()
+        ]
+        entries = [(where, parse_json(line, where)) for where, line in lines]
     else:
         try:
-            value = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path} is not valid {path.suffix[1:]}: {' '.join(str(error).split())}.") from error
+            value = parse_json(content, str(path)) if path.suffix == ".json" else yaml.safe_load(content)
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
         many = isinstance(value, list) and value and not (isinstance(value[0], dict) and "role" in value[0])
         entries = [(f"{path}, entry {i}", one) for i, one in enumerate(value)] if many else [(str(path), value)]
     if not entries:
         raise UserError(f"{path} holds no conversation.")
-    jobs: list[Job] = []
-    for number, (where, entry) in enumerate(entries):
-        messages = entry.get("messages") if isinstance(entry, dict) else entry
-        try:
-            check_conversation(messages)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        name = str(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"{number:03d}"
-        jobs.append(Job(name, absolute_audio(messages, path.parent)))
-    names = [job.name for job in jobs]
+    samples = [parse_sample(entry, where, path.parent, f"{i:03d}") for i, (where, entry) in enumerate(entries)]
+    names = [sample.id for sample in samples]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{path} has the id '{twice}' twice; every output file needs its own.")
-    return jobs
-
-
-def absolute_audio(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The messages with audio paths that are relative to `folder` made absolute."""
-
-    def item(value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("type") != "audio":
-            return value
-        moved = dict(value)
-        for key in ("url", "path"):
-            if isinstance(moved.get(key), str) and "://" not in moved[key]:
-                moved[key] = str(folder / moved[key])
-        return moved
-
-    return [
-        {**message, "content": [item(one) for one in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else dict(message)
-        for message in messages
-    ]
+    return samples
 
 
 class ProgressBar:
@@ -246,7 +203,7 @@ class ProgressBar:
 def speak(
     model: HiggsAudioV2ForConditionalGeneration,
     processor: HiggsAudioV2Processor,
-    jobs: Sequence[Job],
+    jobs: Sequence[Sample],
     batch_size: int = 8,
     seed: int = 0,
     modality: str = "audio",
@@ -265,9 +222,7 @@ def speak(
             tokenize=True,
             return_dict=True,
         ).to(model.device)
-        out = model.generate(
-            **inputs, streamer=bar, seed=seed + start, **options, return_dict_in_generate=True
-        )
+        out = model.generate(**inputs, streamer=bar, seed=seed + start, **options, return_dict_in_generate=True)
         prompt_frames = inputs["audio_input_ids"].shape[1] if "audio_input_ids" in inputs else 0
         frames = out.audio_sequences[:, prompt_frames:]
         codes = processor.generated_codes(frames)
@@ -278,7 +233,7 @@ def speak(
             text = written[row]
             text = text[~model.model.audio_placeholders(text)].tolist()
             yield Speech(
-                job.name,
+                job.id,
                 waveforms[row],
                 codes[row].cpu(),
                 processor.audio_tokenizer.sample_rate,
@@ -289,25 +244,25 @@ def speak(
     bar.bar.close()
 
 
-def output_paths(output: str, jobs: Sequence[Job]) -> list[Path]:
+def output_paths(output: str, jobs: Sequence[Sample]) -> list[Path]:
     """Where each conversation's sound goes; a mistake is reported before anything is loaded."""
     path = Path(output)
     if path.suffix == "" or path.is_dir():
-        paths = [path / f"{job.name}.wav" for job in jobs]
+        paths = [path / f"{job.id}.wav" for job in jobs]
     elif path.suffix.lower() not in FORMATS:
         raise UserError(f"Sound files of type '{path.suffix}' cannot be written; use one of {', '.join(FORMATS)}.")
     elif len(jobs) == 1:
         paths = [path]
     else:
-        paths = [path.with_name(f"{path.stem}_{job.name}{path.suffix}") for job in jobs]
+        paths = [path.with_name(f"{path.stem}_{job.id}{path.suffix}") for job in jobs]
     for job, target in zip(jobs, paths, strict=True):
-        if Path(job.name).name != job.name:
-            raise UserError(f"The id '{job.name}' cannot be part of a file name; leave out slashes.")
+        if Path(job.id).name != job.id:
+            raise UserError(f"The id '{job.id}' cannot be part of a file name; leave out slashes.")
         target.parent.mkdir(parents=True, exist_ok=True)
     return paths
 
 
-def check_audio(jobs: Sequence[Job]) -> None:
+def check_audio(jobs: Sequence[Sample]) -> None:
     """Reads every audio file once, so that a bad one is named before a model is loaded and sound is generated."""
     for job in jobs:
         for message in job.messages:
@@ -317,12 +272,39 @@ def check_audio(jobs: Sequence[Job]) -> None:
                     load_audio(source)
 
 
+def check_fit(model: HiggsAudioV2ForConditionalGeneration, processor: HiggsAudioV2Processor) -> None:
+    """Refuses a decoder with the codec or the tokenizer of another checkpoint, before anything is generated."""
+    ours, codec = model.config, processor.audio_tokenizer.config
+    if processor.num_codebooks != ours.num_codebooks:
+        raise UserError(
+            f"The codec has {processor.num_codebooks} codebooks but the decoder {ours.num_codebooks}. Point "
+            "audio_tokenizer=… to the codec that belongs to the checkpoint."
+        )
+    if codec.codebook_size > ours.codebook_size:
+        raise UserError(
+            f"The codec has {codec.codebook_size} codes per codebook but the decoder only {ours.codebook_size} rows. Point "
+            "audio_tokenizer=… to the codec that belongs to the checkpoint."
+        )
+    for name in (
+        "audio_token_id",
+        "audio_bos_token_id",
+        "audio_delay_token_id",
+        "audio_stream_bos_id",
+        "audio_stream_eos_id",
+    ):
+        if getattr(processor, name) != getattr(ours, name):
+            raise UserError(
+                f"{name} is {getattr(processor, name)} in the processor but {getattr(ours, name)} in the decoder's "
+                "config.json. Use tokenizer, processor and decoder of one checkpoint."
+            )
+
+
 def infer(config: InferConfig) -> list[Speech]:
     """Runs a whole inference job and writes its files. Raises UserError for what the user can mend."""
     if config.conversation is not None:
         jobs = read_conversations(config.conversation)
     else:
-        jobs = [Job("output", compose_conversation(config))]
+        jobs = [Sample("output", compose_conversation(config))]
         check_conversation(jobs[0].messages)
     paths = output_paths(config.output, jobs)
     check_audio(jobs)
@@ -332,6 +314,7 @@ def infer(config: InferConfig) -> list[Speech]:
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained(
         config.checkpoint, device_map=config.device, dtype=config.dtype, use_text_head=config.modality == "text"
     )
+    check_fit(model, processor)
     spoken = []
     results = speak(
         model, processor, jobs, config.batch_size, config.seed, config.modality, **config.generation.given()

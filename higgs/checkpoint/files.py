@@ -30,11 +30,15 @@ def resolve_folder(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
-        raise UserError(f"There is no checkpoint folder at {path}. Check the path; it must be a folder with config.json.")
+        raise UserError(
+            f"There is no checkpoint folder at {path}. Check the path; it must be a folder with config.json."
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.pth"]))
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.pth"])
+        )
     except Exception as error:
         raise UserError(
             f"There is no folder {path} here, and the hub did not give a repository of that name "
@@ -94,7 +98,9 @@ def open_safetensors(file: Path) -> Iterator:
     try:
         handle = safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a readable safetensors file ({error}). It may be cut off: copy it again.") from error
+        raise UserError(
+            f"{file} is not a readable safetensors file ({error}). It may be cut off: copy it again."
+        ) from error
     with handle as opened:
         yield opened
 

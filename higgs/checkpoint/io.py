@@ -45,7 +45,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise UserError(f"'{device}' names no device. Use auto, cpu, mps, cuda or cuda:N.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device {device} was asked for, but PyTorch sees no CUDA GPU here. Use device=cpu or device=auto.")
+        raise UserError(
+            f"Device {device} was asked for, but PyTorch sees no CUDA GPU here. Use device=cpu or device=auto."
+        )
     return chosen
 
 
@@ -81,7 +83,9 @@ def fill_module(
             continue
         key, part = target
         if key not in wanted:
-            raise UserError(f"Unexpected tensor {name} in {tensor.file}: the model of config.json has none of that name.")
+            raise UserError(
+                f"Unexpected tensor {name} in {tensor.file}: the model of config.json has none of that name."
+            )
         # The same tensor under two names (a head kept twice) is read once, from the name that is the target's own.
         if part not in parts.setdefault(key, {}) or name == key:
             parts[key][part] = tensor
@@ -177,7 +181,9 @@ def load_codec(
     if (folder / "model.pth").is_file() and not any(folder.glob("*.safetensors")):
         return _load_boson_codec(folder, values, device, dtype, kind)
     if "acoustic_model_config" not in values:
-        raise UserError(f"{folder / CONFIG} describes no codec (it lacks acoustic_model_config). Is this the decoder's folder?")
+        raise UserError(
+            f"{folder / CONFIG} describes no codec (it lacks acoustic_model_config). Is this the decoder's folder?"
+        )
     with torch.device("meta"):
         codec = kind(HiggsAudioV2TokenizerConfig.from_dict(values))
     wanted = codec.state_dict().keys()
@@ -197,7 +203,9 @@ def _load_boson_codec(
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise UserError(f"{file} cannot be read as plain tensors ({error}). It may be cut off: copy it again.") from error
+        raise UserError(
+            f"{file} cannot be read as plain tensors ({error}). It may be cut off: copy it again."
+        ) from error
     config, state = boson_codec_to_hf(state, values)
     with torch.device("meta"):
         codec = kind(config)

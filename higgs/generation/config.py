@@ -34,8 +34,22 @@ REFUSED: dict[str, tuple] = {
 }
 # Keys of a generation_config.json that say nothing about how this model generates.
 FOREIGN_KEYS = frozenset(
-    "_from_model_config transformers_version bos_token_id pad_token_id decoder_start_token_id use_text_head cache_implementation "
-    "use_cache max_length min_length early_stopping length_penalty generation_kwargs".split()
+    [
+        "_from_model_config",
+        "transformers_version",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "decoder_start_token_id",
+        "use_text_head",
+        "cache_implementation",
+        "use_cache",
+        "max_length",
+        "min_length",
+        "early_stopping",
+        "length_penalty",
+        "generation_kwargs",
+    ]
 )
 
 
@@ -59,7 +73,6 @@ class GenerationConfig:
     seed: int | None = None
     ras_win_len: int | None = None
     ras_win_max_num_repeat: int | None = None
-    eos_token_id: int | list[int] | None = None
     return_dict_in_generate: bool = False
     output_scores: bool = False
     output_logits: bool = False
@@ -68,7 +81,9 @@ class GenerationConfig:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         if self.temperature is not None and self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}; it must be above 0. For greedy decoding set do_sample=False.")
+            raise UserError(
+                f"temperature is {self.temperature}; it must be above 0. For greedy decoding set do_sample=False."
+            )
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or above.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -76,7 +91,9 @@ class GenerationConfig:
         if (self.ras_win_len is None) != (self.ras_win_max_num_repeat is None):
             raise UserError("ras_win_len and ras_win_max_num_repeat work together; set both or neither.")
         if self.ras_win_len is not None and (self.ras_win_len < 1 or self.ras_win_max_num_repeat < 1):
-            raise UserError("ras_win_len and ras_win_max_num_repeat must be at least 1, or both null to switch RAS off.")
+            raise UserError(
+                "ras_win_len and ras_win_max_num_repeat must be at least 1, or both null to switch RAS off."
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationConfig":
@@ -86,7 +103,9 @@ class GenerationConfig:
         known = {field.name for field in fields(cls)}
         unread = sorted(set(values) - known - set(REFUSED))
         if unread:
-            warnings.warn(f"generation_config.json holds options that are not used here: {', '.join(unread)}.", stacklevel=2)
+            warnings.warn(
+                f"generation_config.json holds options that are not used here: {', '.join(unread)}.", stacklevel=2
+            )
         # Hugging Face writes null for what its own defaults decide.
         return cls(**{name: value for name, value in values.items() if name in known and value is not None})
 

@@ -249,7 +249,9 @@ def generate(
             if hasattr(streamer, "put_frames"):
                 streamer.put_frames(frames[:, step].cpu(), is_frame[:, step].cpu())
         for stops in stopping_criteria:
-            state = replace(state, finished=state.finished | stops(sequences[:, : length + done], tuple(scores) or None))
+            state = replace(
+                state, finished=state.finished | stops(sequences[:, : length + done], tuple(scores) or None)
+            )
         if done % check_every == 0 and bool(state.finished.all()):
             break
     if streamer is not None:

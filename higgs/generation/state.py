@@ -112,7 +112,9 @@ def check_prompt(
     if audio_input_ids is not None and audio_input_ids_mask is not None:
         mask = audio_input_ids_mask.bool()
         if mask.shape != audio_input_ids.shape[:2]:
-            raise UserError(f"audio_input_ids_mask must be {list(audio_input_ids.shape[:2])}, but is {list(mask.shape)}.")
+            raise UserError(
+                f"audio_input_ids_mask must be {list(audio_input_ids.shape[:2])}, but is {list(mask.shape)}."
+            )
     longest = int(attention_mask.sum(dim=1).max())
     room = config.max_position_embeddings - longest
     if room < 1:

@@ -18,9 +18,26 @@ LLAMA3_ROPE: dict[str, Any] = {
 
 # What Hugging Face's base class writes into every config.json; none of it describes this architecture.
 FOREIGN_KEYS = frozenset(
-    "architectures chunk_size_feed_forward dtype id2label is_encoder_decoder label2id model_type output_attentions "
-    "output_hidden_states problem_type return_dict torch_dtype transformers_version _name_or_path auto_map "
-    "_attn_implementation_autoset use_text_head layer_types".split()
+    [
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "_name_or_path",
+        "auto_map",
+        "_attn_implementation_autoset",
+        "use_text_head",
+        "layer_types",
+    ]
 )
 
 
@@ -114,7 +131,9 @@ class HiggsAudioV2Config:
         known = {field.name for field in fields(cls)}
         unread = sorted(set(values) - known - FOREIGN_KEYS)
         if unread:
-            warnings.warn(f"config.json holds keys that no part of this model reads: {', '.join(unread)}.", stacklevel=2)
+            warnings.warn(
+                f"config.json holds keys that no part of this model reads: {', '.join(unread)}.", stacklevel=2
+            )
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from higgs.api import HiggsAudioV2ForConditionalGeneration
-from higgs.checkpoint.io import load_codec, pick_device
 from higgs.chat import ChatTokens
+from higgs.checkpoint.io import load_codec, pick_device, save_codec
 from higgs.codec import Codec
 from higgs.data.coded import audio_items, code_samples, endless_batches, load_clips
 from higgs.data.manifest import Sample, read_manifest, texts_of
@@ -155,6 +155,7 @@ def prepare_codec(config: TrainConfig, parts: Parts, samples: Sequence[Sample]) 
     result = warm_up(codec, clips, settings, torch.Generator().manual_seed(config.seed), report)
     bar.close()
     print(f"codec: {result.codes_used} of {result.codes_possible} codes in use, mel distance {result.mel_distance:.3f}")
+    save_codec(codec, Path(config.run_dir) / "codec")  # codec_path=RUN/codec saves the minutes next time
     return codec, clips
 
 
