@@ -23,9 +23,9 @@ from higgs.model import DualFFNDecoder, HiggsAudioV2Config
 
 # name -> hidden, intermediate, layers, heads, key-value heads, head dim, vocabulary, rows per codebook
 SIZES = {
-    "4m": (128, 384, 4, 4, 2, 32, 1024, 258),
-    "18m": (256, 768, 8, 4, 2, 64, 4096, 1026),
-    "145m": (768, 2048, 10, 12, 4, 64, 4096, 1026),
+    "4m": (192, 512, 4, 4, 2, 48, 1024, 258),
+    "18m": (256, 896, 8, 4, 2, 64, 4096, 1026),
+    "145m": (768, 2048, 12, 12, 4, 64, 4096, 1026),
     "3b": (3072, 8192, 28, 24, 8, 128, 128256, 1026),
 }
 
@@ -103,7 +103,7 @@ def main() -> None:
             def theirs(inputs=inputs, codes=codes, oracle=oracle) -> None:
                 codes["theirs"] = oracle.generate(**inputs, max_new_tokens=args.frames, do_sample=False)
 
-            def ours(inputs=inputs, codes=codes, model=model) -> None:
+            def ours(inputs=inputs, codes=codes, model=model, how=how) -> None:
                 codes["ours"] = generate(model, **inputs, how=how).audio_sequences
 
             theirs(), ours()  # warm up

@@ -101,6 +101,8 @@ def to_dataclass(schema: type[Schema], config: DictConfig) -> Schema:
 
 def build(node: DictConfig, **more: Any) -> Any:
     """Instantiates a config node with `more` merged in; a key that its class does not take is the user's mistake."""
+    node = node.copy()
+    OmegaConf.set_struct(node, False)
     try:
         return hydra.utils.instantiate(OmegaConf.merge(node, more))
     except InstantiationException as error:

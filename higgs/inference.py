@@ -199,7 +199,7 @@ class ProgressBar:
         self.bar.update(clips)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def speak(
     model: HiggsAudioV2ForConditionalGeneration,
     processor: HiggsAudioV2Processor,

@@ -88,9 +88,7 @@ class Pair:
         return self.ours.config
 
 
-def make_ours(
-    seed: int = 0, use_text_head: bool = False, **changes: Any
-) -> HiggsAudioV2ForConditionalGeneration:
+def make_ours(seed: int = 0, use_text_head: bool = False, **changes: Any) -> HiggsAudioV2ForConditionalGeneration:
     config = HiggsAudioV2Config(**{**SMALL, **changes})
     return randomize(HiggsAudioV2ForConditionalGeneration(config, use_text_head=use_text_head), seed).eval()
 

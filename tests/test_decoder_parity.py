@@ -40,7 +40,11 @@ def test_logits_of_padded_batches(pair: Pair, side: str, positions: str):
     if positions == "counted":
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     ours, theirs = pair.ours(**batch).logits, pair.theirs(**batch).logits
-    assert ours.shape == theirs.shape == (3, batch["input_ids"].shape[1], pair.config.num_codebooks * pair.config.codebook_size)
+    assert (
+        ours.shape
+        == theirs.shape
+        == (3, batch["input_ids"].shape[1], pair.config.num_codebooks * pair.config.codebook_size)
+    )
     assert_close(real(ours, batch), real(theirs, batch))
     assert ours.isfinite().all()
 
@@ -103,7 +107,10 @@ def test_two_cached_chunks_equal_the_whole(pair: Pair, cut: int):
     for part in (slice(0, cut), slice(cut, None)):
         # Each row's frames of this chunk: those whose placeholders it holds.
         first = placeholder[:, : part.start].sum(1)
-        frames = [row[f : f + n] for row, f, n in zip(batch["audio_input_ids"], first, placeholder[:, part].sum(1), strict=True)]
+        frames = [
+            row[f : f + n]
+            for row, f, n in zip(batch["audio_input_ids"], first, placeholder[:, part].sum(1), strict=True)
+        ]
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(f), dtype=torch.bool) for f in frames], True)
         inputs = {
             "input_ids": batch["input_ids"][:, part],
@@ -121,9 +128,7 @@ def test_two_cached_chunks_equal_the_whole(pair: Pair, cut: int):
             parts[name].append(out.logits)
     assert caches["ours"].get_seq_length() == caches["theirs"].get_seq_length() == batch["input_ids"].shape[1]
     assert_close(real(torch.cat(parts["ours"], 1), batch), real(torch.cat(parts["theirs"], 1), batch))
-    torch.testing.assert_close(
-        real(torch.cat(parts["ours"], 1), batch), real(whole, batch), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(real(torch.cat(parts["ours"], 1), batch), real(whole, batch), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -326,7 +331,9 @@ def test_inputs_that_do_not_fit_say_why():
     model = make_ours()
     batch = make_batch(model.config, [[5, 3, 4]])
     with pytest.raises(UserError, match="12 audio placeholders, but 11 audio frames"):
-        model(**{**batch, "audio_input_ids_mask": batch["audio_input_ids_mask"].index_fill(1, torch.tensor([3]), False)})
+        model(
+            **{**batch, "audio_input_ids_mask": batch["audio_input_ids_mask"].index_fill(1, torch.tensor([3]), False)}
+        )
     with pytest.raises(UserError, match="none was given"):
         model()
     with pytest.raises(UserError, match="twice"):

@@ -174,7 +174,7 @@ def choose(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: DualFFNDecoder,
     input_ids: Tensor,

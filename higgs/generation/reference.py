@@ -14,7 +14,7 @@ from higgs.generation.sampling import draw, warp
 from higgs.model.decoder import DualFFNDecoder
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reference_generate(
     model: DualFFNDecoder,
     input_ids: Tensor,

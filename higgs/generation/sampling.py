@@ -35,7 +35,7 @@ def warp(scores: Tensor, temperature: float | None, top_k: int | None, top_p: fl
     if top_p is not None and top_p < 1.0:
         ascending, order = scores.sort(dim=-1)
         tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        tail[..., -1] = False  # the likeliest always stays
+        tail[..., -1].fill_(False)  # the likeliest always stays
         scores = scores.masked_fill(tail.scatter(-1, order, tail), NEVER)
     return scores
 
