@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from higgs.checkpoint.decoder import config_from_boson, is_boson_config, key_map
-from higgs.checkpoint.files import CONFIG, SHARD_BYTES, read_json, resolve_folder, stored_tensors
+from higgs.checkpoint.files import SHARD_BYTES, stored_tensors
 from higgs.checkpoint.io import fill_module, load_codec, pick_device, pick_dtype, save_codec, save_module
 from higgs.codec import Codec, HiggsAudioV2TokenizerConfig
 from higgs.errors import UserError
+from higgs.folders import CONFIG, read_json, resolve_folder
 from higgs.generation.config import GenerationConfig
 from higgs.generation.generator import GenerationOutput, LogitsProcessor, StoppingCriterion, generate
 from higgs.model.config import HiggsAudioV2Config

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from higgs.api import HiggsAudioV2ForConditionalGeneration
 from higgs.audio import FORMATS, load_audio
 from higgs.batch import BatchFeature
-from higgs.chat import check_conversation
+from higgs.chat import ChatBuilder
 from higgs.data.manifest import Sample, parse_json, parse_sample, read_text
 from higgs.errors import UserError
 from higgs.processor import HiggsAudioV2Processor
@@ -305,7 +305,7 @@ def infer(config: InferConfig) -> list[Speech]:
         jobs = read_conversations(config.conversation)
     else:
         jobs = [Sample("output", compose_conversation(config))]
-        check_conversation(jobs[0].messages)
+        ChatBuilder().build(jobs[0].messages, add_generation_prompt=True)
     paths = output_paths(config.output, jobs)
     check_audio(jobs)
     processor = HiggsAudioV2Processor.from_pretrained(

@@ -17,10 +17,11 @@ from higgs.audio import load_audio, save_audio
 from higgs.batch import BatchBuilder, BatchFeature, BatchOptions, LabelsMode
 from higgs.chat import ChatRenderer, ChatTokens, Conversation, Modality, RenderedChat
 from higgs.chat_template import choose_renderer, own_template
-from higgs.checkpoint.files import read_json, resolve_folder, staged_folder, write_json
+from higgs.checkpoint.files import staged_folder
 from higgs.checkpoint.io import load_codec, save_codec
 from higgs.codec import Codec
 from higgs.errors import UserError
+from higgs.folders import read_json, resolve_folder, write_json
 from higgs.inputs import AudioFeatureExtractor, read_audio_item
 from higgs.text import TextTokenizer, load_text_tokenizer
 

@@ -4,10 +4,9 @@ A folder holds `config.json` and either `model.safetensors` or shards with `mode
 Face layout, which this project also writes).
 """
 
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,46 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from higgs.errors import UserError
+from higgs.folders import CONFIG, read_json, write_json
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
-
-
-def resolve_folder(path: str | Path) -> Path:
-    """The local folder of a checkpoint: a folder as it is, or a hub id `owner/name` downloaded to the local cache."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
-        raise UserError(
-            f"There is no checkpoint folder at {path}. Check the path; it must be a folder with config.json."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.pth"])
-        )
-    except Exception as error:
-        raise UserError(
-            f"There is no folder {path} here, and the hub did not give a repository of that name "
-            f"({type(error).__name__}: {error}). Give the path of a downloaded checkpoint folder."
-        ) from error
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from `path`; a missing or malformed file is a UserError that names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing. Is {path.parent} a complete checkpoint folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Download or export the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -133,10 +97,6 @@ def staged_folder(folder: str | Path) -> Iterator[Path]:
             path.unlink()
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_json(path: Path, value: Mapping) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_weights(module: nn.Module, folder: Path, max_shard_bytes: int = SHARD_BYTES) -> None:

@@ -14,19 +14,10 @@ from torch import Tensor, nn
 
 from higgs.checkpoint.codec import boson_codec_to_hf
 from higgs.checkpoint.decoder import KeyMap
-from higgs.checkpoint.files import (
-    CONFIG,
-    SHARD_BYTES,
-    StoredTensor,
-    read_json,
-    resolve_folder,
-    staged_folder,
-    stored_tensors,
-    write_json,
-    write_weights,
-)
+from higgs.checkpoint.files import SHARD_BYTES, StoredTensor, staged_folder, stored_tensors, write_weights
 from higgs.codec import Codec, HiggsAudioV2TokenizerConfig
 from higgs.errors import UserError
+from higgs.folders import CONFIG, read_json, resolve_folder, write_json
 
 # Memory-mapped pages count as resident until their file is closed; reopening every so often keeps the peak flat.
 REMAP_BYTES = 128 * 2**20

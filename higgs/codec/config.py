@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from higgs.errors import UserError
+from higgs.folders import ConfigFile
 
 MODEL_TYPE = "higgs_audio_v2_tokenizer"
 
@@ -102,7 +103,7 @@ class SemanticConfig(_Config):
 
 
 @dataclass(frozen=True)
-class HiggsAudioV2TokenizerConfig(_Config):
+class HiggsAudioV2TokenizerConfig(_Config, ConfigFile):
     """The whole codec.
 
     `target_bandwidths` are in kbit/s, ascending; the last one sets the number of codebooks. `downsample_factor` is the

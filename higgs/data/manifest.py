@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from higgs.chat import check_conversation
+from higgs.chat import ChatBuilder
 from higgs.errors import UserError
 
 FIELDS = {"id", "messages", "start_index"}
@@ -74,13 +74,13 @@ def parse_sample(entry: Any, where: str, folder: Path, name: str | None = None) 
         raise UserError(f"{where} has unknown fields: {', '.join(unknown)}; known are {', '.join(sorted(FIELDS))}.")
     if "id" not in entry and name is None:
         raise UserError(f'{where} lacks an "id".')
+    try:
+        ChatBuilder().build(entry["messages"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     start = entry.get("start_index", 0)
     if not isinstance(start, int) or not 0 <= start <= len(entry["messages"]):
         raise UserError(f"{where}: start_index is {start!r}; it must be the number of a message.")
-    try:
-        check_conversation(entry["messages"])
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
     return Sample(str(entry.get("id", name)), absolute_audio(entry["messages"], folder), start)
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from higgs.errors import UserError
+from higgs.folders import ConfigFile
 
 LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
@@ -42,7 +43,7 @@ FOREIGN_KEYS = frozenset(
 
 
 @dataclass
-class HiggsAudioV2Config:
+class HiggsAudioV2Config(ConfigFile):
     """The sizes and token ids of a DualFFN decoder; the defaults are those of the released 3B model.
 
     Names and meanings are the documented ones. `codebook_size` counts the rows of each codebook's embedding; a real
@@ -123,6 +124,11 @@ class HiggsAudioV2Config:
     def from_dict(cls, values: Mapping[str, Any]) -> "HiggsAudioV2Config":
         """Reads the contents of a Hugging Face `config.json`, also the older `rope_theta`/`rope_scaling` spelling."""
         values = dict(values)
+        if "text_config" in values or "acoustic_model_config" in values:
+            raise UserError(
+                "This config.json describes no decoder of the Hugging Face format. The original release's is read by "
+                "HiggsAudioV2ForConditionalGeneration.from_pretrained, a codec's by HiggsAudioV2TokenizerConfig."
+            )
         theta, scaling = values.pop("rope_theta", None), values.pop("rope_scaling", None)
         if values.get("rope_parameters") is None and (theta is not None or scaling is not None):
             rope = dict(scaling or {})

@@ -1,0 +1,66 @@
+"""Checkpoint folders as paths and JSON: finding them, reading and writing `config.json`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from higgs.errors import UserError
+
+CONFIG = "config.json"
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """The local folder of a checkpoint: a folder as it is, or a hub id `owner/name` downloaded to the local cache."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
+        raise UserError(
+            f"There is no checkpoint folder at {path}. Check the path; it must be a folder with config.json."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.pth"])
+        )
+    except Exception as error:
+        raise UserError(
+            f"There is no folder {path} here, and the hub did not give a repository of that name "
+            f"({type(error).__name__}: {error}). Give the path of a downloaded checkpoint folder."
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from `path`; a missing or malformed file is a UserError that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. Is {path.parent} a complete checkpoint folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Download or export the checkpoint again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
+    return value
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class ConfigFile:
+    """Gives a config that has `from_dict` and `to_dict` the documented `from_pretrained` and `save_pretrained`."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device_map: Any = None, dtype: Any = None) -> Self:
+        """Reads `config.json` of a folder or hub id. A config has no device and no dtype: the two change nothing."""
+        return cls.from_dict(read_json(resolve_folder(path) / CONFIG))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` into `folder`, aside first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".{CONFIG}.part"
+        write_json(aside, self.to_dict())
+        aside.replace(folder / CONFIG)
