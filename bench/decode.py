@@ -18,6 +18,7 @@ import transformers
 from transformers import HiggsAudioV2Config as OracleConfig
 from transformers import HiggsAudioV2ForConditionalGeneration as OracleModel
 
+from higgs.checkpoint.io import reset_buffers
 from higgs.generation import GenerationConfig, generate
 from higgs.model import DualFFNDecoder, HiggsAudioV2Config
 
@@ -90,9 +91,7 @@ def main() -> None:
         with torch.device("meta"):
             model = DualFFNDecoder(config)
         model.load_state_dict(oracle.state_dict(), assign=True)
-        for module in model.modules():
-            if hasattr(module, "reset_buffers"):
-                module.reset_buffers()
+        reset_buffers(model, device)
         model.to(device).eval()
         count = sum(p.numel() for p in model.parameters()) / 1e6
         how = GenerationConfig(max_new_tokens=args.frames)

@@ -12,6 +12,7 @@ from torch import Tensor
 from higgs.checkpoint.decoder import config_from_boson, is_boson_config, key_map
 from higgs.checkpoint.files import SHARD_BYTES, stored_tensors
 from higgs.checkpoint.io import fill_module, load_codec, pick_device, pick_dtype, save_codec, save_module
+from higgs.checkpoint.meta import on_meta
 from higgs.codec import Codec, HiggsAudioV2TokenizerConfig
 from higgs.errors import UserError
 from higgs.folders import CONFIG, read_json, resolve_folder
@@ -57,7 +58,7 @@ class HiggsAudioV2Model(DualFFNTransformer):
         """
         folder = resolve_folder(path)
         config, values = read_decoder_config(folder)
-        with torch.device("meta"):
+        with on_meta():
             model = cls(config)
         names = key_map(use_text_head=False, strip_to_backbone=True)
         fill_module(model, stored_tensors(folder), names, pick_dtype(dtype, values), pick_device(device_map))
@@ -93,7 +94,7 @@ class HiggsAudioV2ForConditionalGeneration(DualFFNDecoder):
         """
         folder = resolve_folder(path)
         config, values = read_decoder_config(folder)
-        with torch.device("meta"):
+        with on_meta():
             model = cls(config, use_text_head)
         dtype, device = pick_dtype(dtype, values), pick_device(device_map)
         fill_module(model, stored_tensors(folder), key_map(use_text_head), dtype, device)

@@ -13,6 +13,7 @@ import sentencepiece
 import tokenizers
 
 from higgs.errors import UserError
+from higgs.folders import read_json
 
 # Every control token of the chat format (SPEC 1 and 4), in the order of the released vocabulary.
 SPECIAL_TOKENS = (
@@ -134,7 +135,7 @@ class HFTokenizer(_NamedTokens):
         except Exception as error:  # the library raises bare Exception for a missing and for a broken file
             raise UserError(f"Cannot read the text tokenizer {path}: {error}. Download the file again.") from error
         # Older checkpoints keep the names of the special tokens in a file of their own.
-        named = _read_json(Path(folder) / "special_tokens_map.json")
+        named = _read_optional(Path(folder) / "special_tokens_map.json")
         given = {key: value for key, value in _read_config(Path(folder)).items() if value is not None}
         return cls(tokenizer, named | given)
 
@@ -280,14 +281,9 @@ def _token_text(entry: str | dict[str, Any] | None) -> str | None:
     return entry["content"] if isinstance(entry, dict) else entry
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download or write it again.") from error
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / CONFIG_FILE)
+    return _read_optional(folder / CONFIG_FILE)
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

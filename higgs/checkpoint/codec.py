@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from higgs.checkpoint.meta import on_meta
 from higgs.codec import AcousticConfig, Codec, HiggsAudioV2TokenizerConfig, SemanticConfig
 from higgs.errors import UserError
 
@@ -131,7 +132,7 @@ def boson_codec_to_hf(
             raise UserError(f"The codec's config has {name}={boson_config[name]!r}; only {supported!r} is supported.")
     config = _config_from_boson(state_dict, boson_config, semantic_config)
     converted = from_boson(state_dict, config)
-    with torch.device("meta"):
+    with on_meta():
         expected = Codec(config).state_dict()
     missing = expected.keys() - converted.keys()
     unexpected = converted.keys() - expected.keys()

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from higgs.checkpoint.codec import boson_codec_to_hf
 from higgs.checkpoint.decoder import KeyMap
 from higgs.checkpoint.files import SHARD_BYTES, StoredTensor, staged_folder, stored_tensors, write_weights
+from higgs.checkpoint.meta import on_meta
 from higgs.codec import Codec, HiggsAudioV2TokenizerConfig
 from higgs.errors import UserError
 from higgs.folders import CONFIG, read_json, resolve_folder, write_json
 
 # Memory-mapped pages count as resident until their file is closed; reopening every so often keeps the peak flat.
-REMAP_BYTES = 128 * 2**20
+REMAP_BYTES = 32 * 2**20
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -111,7 +112,7 @@ def fill_module(
             del piece
         assign_tensor(module, key, value)
     reader.close()
-    reset_buffers(module)
+    reset_buffers(module, device)
 
 
 class _Reader:
@@ -152,11 +153,11 @@ def assign_tensor(module: nn.Module, key: str, value: Tensor) -> None:
         owner._buffers[name] = value
 
 
-def reset_buffers(module: nn.Module) -> None:
-    """Recomputes buffers that are derived from the config and so never stored."""
+def reset_buffers(module: nn.Module, device: torch.device) -> None:
+    """Recomputes buffers that are derived from the config and so never stored, on the device of the weights."""
     for child in module.modules():
         if hasattr(child, "reset_buffers"):
-            child.reset_buffers()
+            child.reset_buffers(device)
 
 
 def load_codec(
@@ -175,7 +176,7 @@ def load_codec(
         raise UserError(
             f"{folder / CONFIG} describes no codec (it lacks acoustic_model_config). Is this the decoder's folder?"
         )
-    with torch.device("meta"):
+    with on_meta():
         codec = kind(HiggsAudioV2TokenizerConfig.from_dict(values))
     wanted = codec.state_dict().keys()
     tensors = stored_tensors(folder)
@@ -198,12 +199,12 @@ def _load_boson_codec(
             f"{file} cannot be read as plain tensors ({error}). It may be cut off: copy it again."
         ) from error
     config, state = boson_codec_to_hf(state, values)
-    with torch.device("meta"):
+    with on_meta():
         codec = kind(config)
     state = {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in state.items()}
     # Strict: `boson_codec_to_hf` has named what is missing, unexpected or of another shape.
     codec.load_state_dict(state, strict=True, assign=True)
-    reset_buffers(codec)
+    reset_buffers(codec, device)
     return codec.eval()
 
 

@@ -36,10 +36,10 @@ class AudioEmbedding(nn.Module):
         self.register_buffer("offsets", self._offsets(), persistent=False)
 
     def _offsets(self) -> Tensor:
-        return torch.arange(self.num_codebooks) * self.codebook_size
+        return torch.arange(0, self.num_codebooks * self.codebook_size, self.codebook_size)
 
-    def reset_buffers(self) -> None:
-        self.offsets = self._offsets().to(self.embed_audio_tokens.weight.device)
+    def reset_buffers(self, device: torch.device) -> None:
+        self.offsets = self._offsets().to(device)
 
     def forward(self, codes: Tensor) -> Tensor:
         """[..., K] -> [..., C]."""

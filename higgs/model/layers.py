@@ -69,12 +69,12 @@ class RotaryEmbedding(nn.Module):
         self.config = config
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
-    def reset_buffers(self) -> None:
-        self.inv_freq = inverse_frequencies(self.config)
+    def reset_buffers(self, device: torch.device) -> None:
+        self.inv_freq = inverse_frequencies(self.config).to(device)
 
     def forward(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, T] -> cosine and sine [B, 1, T, D] in the dtype of `like`; angles are computed in float32."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=position_ids.device, dtype=torch.float32)
+        angles = position_ids[..., None].float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -86,7 +86,8 @@ def inverse_frequencies(config: HiggsAudioV2Config) -> Tensor:
     `low_freq_factor`) by `factor`, keeping those well below it, and blending in between.
     """
     rope = config.rope_parameters
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    # On the CPU also where modules are built on the meta device: every device then gets the same numbers.
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     frequencies = 1.0 / (rope["rope_theta"] ** exponents)
     if rope["rope_type"] == "default":
         return frequencies
