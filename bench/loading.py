@@ -149,7 +149,9 @@ def main() -> None:
         print("|---|---|---|---|---|---|")
         for task, plain in (("load", "read"), ("load bfloat16", "read"), ("save", "write")):
             # The two by turns, because these machines are noisy.
-            runs = [(in_own_process(plain, args, folder), in_own_process(task, args, folder)) for _ in range(args.repeats)]
+            runs = [
+                (in_own_process(plain, args, folder), in_own_process(task, args, folder)) for _ in range(args.repeats)
+            ]
             floor = min(run[0]["seconds"] for run in runs)
             seconds = min(run[1]["seconds"] for run in runs)
             peak = max(run[1]["peak"] / run[1]["bytes"] for run in runs) + (1 if task == "save" else 0)

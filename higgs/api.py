@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from higgs.checkpoint.decoder import config_from_boson, is_boson_config, key_map
+from higgs.checkpoint.decoder import EMBEDDING, TEXT_HEAD, config_from_boson, is_boson_config, key_map
 from higgs.checkpoint.files import SHARD_BYTES, stored_tensors
 from higgs.checkpoint.io import fill_module, load_codec, pick_device, pick_dtype, save_codec, save_module
 from higgs.checkpoint.meta import on_meta
@@ -97,9 +97,15 @@ class HiggsAudioV2ForConditionalGeneration(DualFFNDecoder):
         with on_meta():
             model = cls(config, use_text_head)
         dtype, device = pick_dtype(dtype, values), pick_device(device_map)
-        fill_module(model, stored_tensors(folder), key_map(use_text_head), dtype, device)
+        tensors = stored_tensors(folder)
+        if use_text_head and config.tie_word_embeddings and EMBEDDING in tensors:
+            tensors.setdefault(TEXT_HEAD, tensors[EMBEDDING])
+        fill_module(model, tensors, key_map(use_text_head), dtype, device)
         if use_text_head and config.tie_word_embeddings:
-            model.text_lm_head.weight = model.model.embed_tokens.weight
+            # transformers ties nothing, whatever the config says: a head of its own in the file stays one.
+            embedding = model.model.embed_tokens.weight
+            if torch.equal(model.text_lm_head.weight, embedding):
+                model.text_lm_head.weight = embedding
         if (folder / GENERATION_CONFIG).is_file():
             model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION_CONFIG))
         return model.eval()

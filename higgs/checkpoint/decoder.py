@@ -5,6 +5,8 @@ This project's own tensor names are those of the Hugging Face format; the tables
 
 from collections.abc import Callable, Mapping
 
+from higgs.errors import UserError
+
 KeyMap = Callable[[str], "tuple[str, int] | None"]
 """Checkpoint name -> (name in this project, part number along rows), or None for a tensor to leave aside."""
 
@@ -27,7 +29,7 @@ BOSON_PREFIXES = {
     "norm.": "model.norm.",
 }
 
-TEXT_HEAD = "text_lm_head.weight"
+TEXT_HEAD, EMBEDDING = "text_lm_head.weight", "model.embed_tokens.weight"
 
 BOSON_AUDIO_FIELDS = {
     "audio_num_codebooks": "num_codebooks",
@@ -102,6 +104,10 @@ def config_from_boson(config: Mapping, token_to_id: Callable[[str], int] | None 
     model's ids where no tokenizer is at hand.
     """
     text = config["text_config"]
+    absent = [name for name in ("hidden_size", "num_attention_heads") if name not in text]
+    absent += [name for name in ("audio_codebook_size",) if name not in config]
+    if absent:
+        raise UserError(f"The original release's config.json lacks {', '.join(absent)}. Copy the file again.")
     fields = {name: text[name] for name in BOSON_TEXT_FIELDS if name in text}
     fields.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
     fields |= {ours: config[theirs] for theirs, ours in BOSON_AUDIO_FIELDS.items() if theirs in config}

@@ -35,7 +35,9 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's safetensors files by name, read from the headers alone."""
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / INDEX} holds no weight_map, which says where each tensor lies. Copy it again.")
         files = sorted({folder / name for name in weight_map.values()})
     elif (folder / WEIGHTS).is_file():
         weight_map = None

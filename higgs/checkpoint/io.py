@@ -88,9 +88,10 @@ def fill_module(
         shapes = [parts[key][i].shape for i in sorted(parts[key])]
         rows = sum(shape[0] if shape else 1 for shape in shapes)
         joined = (rows, *shapes[0][1:]) if shapes[0] else ()
-        if joined != tuple(target.shape):
+        if joined != tuple(target.shape) or any(shape[1:] != shapes[0][1:] for shape in shapes):
+            found = " and ".join(str(list(shape)) for shape in shapes)
             raise UserError(
-                f"The tensor {key} has shape {list(joined)} in {where}, but config.json asks for {list(target.shape)}."
+                f"The tensor {key} has shape {found} in {where}, but config.json asks for {list(target.shape)}."
             )
     reader = _Reader()
     # File order keeps the disk sequential.

@@ -82,10 +82,15 @@ class HiggsAudioV2Config(ConfigFile):
     audio_stream_eos_id: int = 1025
 
     def __post_init__(self) -> None:
+        self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not isinstance(self.rope_parameters, Mapping | None):
+            raise UserError(
+                f"rope_parameters is {self.rope_parameters!r}; it must be a mapping with rope_type and so on."
+            )
         self.rope_parameters = dict(LLAMA3_ROPE if self.rope_parameters is None else self.rope_parameters)
         self.rope_parameters.setdefault("rope_type", "default")
         self.rope_parameters.setdefault("rope_theta", 500000.0)
@@ -93,12 +98,17 @@ class HiggsAudioV2Config(ConfigFile):
             self.eos_token_id = [int(token) for token in self.eos_token_id]
         self._check()
 
+    def _check_sizes(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "max_position_embeddings", "num_codebooks", "codebook_size", "head_dim")  # fmt: skip
+        for name in sizes:
+            size = getattr(self, name)
+            if size is None and name in ("num_key_value_heads", "head_dim"):
+                continue
+            if not isinstance(size, int) or size < 1:
+                raise UserError(f"{name} is {size!r}; it must be a whole number of at least 1.")
+
     def _check(self) -> None:
-        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                    "num_key_value_heads", "max_position_embeddings", "num_codebooks", "codebook_size", "head_dim")  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -112,6 +122,9 @@ class HiggsAudioV2Config(ConfigFile):
             raise UserError(
                 f"rope_type '{self.rope_parameters['rope_type']}' is not built here; use 'default' or 'llama3'."
             )
+        absent = LLAMA3_ROPE.keys() - self.rope_parameters.keys()
+        if self.rope_parameters["rope_type"] == "llama3" and absent:
+            raise UserError(f"rope_parameters of type llama3 lack {', '.join(sorted(absent))}; add them.")
 
     @property
     def eos_token_ids(self) -> list[int]:
