@@ -18,21 +18,23 @@ from higgs.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Schema = TypeVar("Schema")
+QUOTED = r"""'[^'\\]*'|"[^"\\]*"|null"""
 
 
 def quote_free_text(arguments: list[str], keys: set[str]) -> list[str]:
     """Quotes the values of `keys`, so that a sentence with commas, colons and brackets is not read as Hydra syntax.
 
-    A value that is quoted already, or empty, stays. `$` is escaped, since text holds no interpolations.
+    A value that is one quoted string already, or empty, or null, stays. `${` is escaped, since text holds no
+    interpolations.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key in keys and equals and value and not re.fullmatch(r"""(['"]).*\1|null""", value, re.DOTALL):
-            # In Hydra's grammar a backslash counts only before a quote; `$` starts an interpolation.
+        if key in keys and equals and value and not re.fullmatch(QUOTED, value, re.DOTALL):
+            # A backslash counts only before what it can escape: `${` for OmegaConf, a quote for Hydra.
+            value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
             value = re.sub(r"(\\*)'", r"\1\1\\'", value)
-            value = re.sub(r"(\\+)$", r"\1\1", value)
-            value = value.replace("${", "\\${")
+            value = re.sub(r"(\\+)\Z", r"\1\1", value)
             argument = f"{key}='{value}'"
         quoted.append(argument)
     return quoted

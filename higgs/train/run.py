@@ -104,7 +104,6 @@ def token_ids(tokenizer: TextTokenizer, codec: Codec, tokens: ChatTokens | None 
 def train(config: TrainConfig, parts: Parts) -> list[Match]:
     """Runs the whole thing and returns how well every training sample comes back from its text alone."""
     run = Path(config.run_dir)
-    run.mkdir(parents=True, exist_ok=True)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     started = time.perf_counter()
@@ -112,6 +111,7 @@ def train(config: TrainConfig, parts: Parts) -> list[Match]:
     samples = read_manifest(config.data.train)
     prompts = [Sample(sample.id, sample.prompt()) for sample in samples]
     tokenizer = parts.tokenizer(texts=texts_of(samples))
+    run.mkdir(parents=True, exist_ok=True)
 
     codec, clips = prepare_codec(config, parts, samples)
     size = codec.config.codebook_size
