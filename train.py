@@ -14,6 +14,7 @@ def main(config: DictConfig) -> None:
             codec=lambda: cli.build(config.codec),
             tokenizer=cli.build(config.tokenizer),
             model=lambda ids: cli.build(config.model, config=ids),
+            chat=cli.build(config.chat),
         )
         train(cli.to_dataclass(TrainConfig, config), parts)
     except cli.UserError as error:  # before Hydra wraps it in a traceback
@@ -21,4 +22,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "train")
+    cli.run(main, "train", free_text={"run_dir", "data.train", "codec_path"})

@@ -129,7 +129,7 @@ class HiggsAudioV2ForConditionalGeneration(DualFFNDecoder):
         attention_mask: Tensor | None = None,
         audio_input_ids: Tensor | None = None,
         audio_input_ids_mask: Tensor | None = None,
-        use_cache: bool = True,
+        use_cache: bool | None = None,
         max_length: int | None = None,
         **options: Any,
     ) -> GenerationOutput | Tensor:
@@ -148,13 +148,17 @@ class HiggsAudioV2ForConditionalGeneration(DualFFNDecoder):
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
             raise UserError("generate needs input_ids: pass the processor's output as model.generate(**inputs).")
-        if not use_cache:
-            raise UserError(
-                "use_cache=False: generation here is cached; higgs.generation.reference_generate recomputes."
-            )
         if max_length is not None:
+            if max_length <= input_ids.shape[1]:
+                raise UserError(
+                    f"max_length={max_length} leaves no room after a prompt of {input_ids.shape[1]} tokens."
+                )
             options.setdefault("max_new_tokens", max_length - input_ids.shape[1])
-        how = (generation_config or self.generation_config).updated(**options)
+        options.pop("pad_token_id", None)  # what follows a row's end is frames of the stream's own EOS code
+        how = generation_config or self.generation_config
+        if not isinstance(how, GenerationConfig):
+            how = GenerationConfig.from_dict(how.to_dict())  # that of transformers
+        how = how.updated(**options)
         out = generate(
             self,
             input_ids,
@@ -162,11 +166,19 @@ class HiggsAudioV2ForConditionalGeneration(DualFFNDecoder):
             audio_input_ids,
             audio_input_ids_mask,
             how,
-            logits_processor or (),
-            stopping_criteria or (),
+            as_list(logits_processor),
+            as_list(stopping_criteria),
             streamer,
+            self.config.use_cache if use_cache is None else use_cache,
         )
         return out if how.return_dict_in_generate else out.audio_sequences
+
+
+def as_list(given: Any) -> list:
+    """One callable or a list of them (transformers' lists are callable themselves) as a list."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 class HiggsAudioV2TokenizerModel(Codec):

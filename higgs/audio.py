@@ -60,7 +60,8 @@ def load_audio(
     Raises:
         UserError: naming the source, where it is missing, unreadable, empty or holds non-finite samples.
     """
-    waveform = read_audio(source, sampling_rate_of_array=sampling_rate_of_array or sample_rate)
+    rate = sample_rate if sampling_rate_of_array is None else sampling_rate_of_array
+    waveform = read_audio(source, sampling_rate_of_array=rate)
     return waveform.samples if sample_rate is None else resample(waveform.samples, waveform.sample_rate, sample_rate)
 
 

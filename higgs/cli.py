@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import hydra
 import hydra.utils
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -55,6 +56,11 @@ def check_overrides(config_name: str, arguments: list[str]) -> None:
 def explain(error: Exception, config_name: str) -> str:
     """One sentence from Hydra's or OmegaConf's message, with a suggestion where a key is close to a real one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OverrideParseException):
+        return (
+            f"The argument {error.override!r} cannot be read ({lines[0]}). Write key=value, with quotes around a value "
+            "that holds commas, colons or brackets."
+        )
     missing = re.search(r"Could not override '([^']+)'", str(error))
     if missing:
         return f"There is no config key '{missing[1]}'.{suggestion(missing[1], config_name)}"
@@ -121,9 +127,16 @@ def run(main: Callable[[], Any], config_name: str, free_text: set[str] | None = 
     try:
         if not any(argument in ("--help", "-h", "--hydra-help", "--multirun", "-m") for argument in sys.argv[1:]):
             check_overrides(config_name, sys.argv[1:])
-        main()
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            main()
     except UserError as error:
         fail(error)
+
+
+def show_warning(message: Warning | str, *_: Any) -> None:
+    """A warning as one sentence, without the line of source that raised it."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def fail(error: UserError) -> None:

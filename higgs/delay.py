@@ -63,6 +63,12 @@ def generated_codes(frames: Tensor, bos: int, eos: int) -> Tensor:
     return codes[: _first((codes == eos).any(-1))].T
 
 
+def split_clips(frames: Tensor, bos: int) -> list[Tensor]:
+    """The clips [F_i, K] in one sequence of delayed frames [F, K]: each begins with its all-BOS frame."""
+    starts = (frames == bos).all(-1).nonzero()[:, 0].tolist()
+    return [frames[start:stop] for start, stop in zip(starts, [*starts[1:], len(frames)], strict=True)]
+
+
 def _first(mask: Tensor) -> int | None:
     """The index of the first True of a mask [F]; None, the end of a slice, without one."""
     found = mask.nonzero()[:1, 0].tolist()

@@ -15,7 +15,8 @@ def resolve_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
+    looks_local = folder.is_absolute() or str(path).startswith(".") or folder.parent.is_dir()
+    if looks_local or str(path).count("/") != 1:
         raise UserError(
             f"There is no checkpoint folder at {path}. Check the path; it must be a folder with config.json."
         )

@@ -3,42 +3,32 @@
 Shapes: B batch, F frames, K codebooks, L samples.
 """
 
-import re
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from higgs.api import HiggsAudioV2ForConditionalGeneration
-from higgs.audio import FORMATS, load_audio
+from higgs.audio import FORMATS
 from higgs.batch import BatchFeature
 from higgs.chat import ChatBuilder
-from higgs.data.manifest import Sample, parse_json, parse_sample, read_text
+from higgs.data.coded import audio_items
+from higgs.data.manifest import Sample
+from higgs.delay import split_clips
 from higgs.errors import UserError
+from higgs.generation.state import check_prompt
+from higgs.inputs import read_audio_item
 from higgs.processor import HiggsAudioV2Processor
-from higgs.transcript import normalize_transcript
-
-ONE_VOICE = "Generate audio following instruction."
-SEVERAL_VOICES = """You are an AI assistant designed to convert text into speech.
-If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech for the following text, using the specified voice.
-If no speaker tag is present, select a suitable voice on your own."""
-QUIET_ROOM = "Audio is recorded from a quiet room."
-
-
-@dataclass
-class Reference:
-    """A voice to clone: its recording, what is said in it, and the speaker tag it stands for."""
-
-    audio: str
-    text: str | None = None
-    speaker: str | None = None
+from higgs.prompts import Reference, compose_conversation, read_conversations
 
 
 @dataclass
@@ -89,6 +79,8 @@ class InferConfig:
             raise UserError(f"modality is '{self.modality}'; use audio or text.")
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; it must be at least 1.")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be at least 0.")
 
 
 @dataclass
@@ -103,72 +95,8 @@ class Speech:
     stopped: bool
 
 
-def compose_conversation(config: InferConfig) -> list[dict[str, Any]]:
-    """The conversation that text, scene, system and references describe, as the original's own script builds it.
-
-    A reference with its text becomes a user/assistant turn pair; one without goes into the scene. A dialogue without
-    references describes its speakers as feminine and masculine in turn.
-    """
-    text = normalize_transcript(config.text) if config.normalize else config.text
-    tags = sorted(set(re.findall(r"\[(SPEAKER\d+)\]", text)))
-    several = bool(tags) or len(config.reference) > 1
-    scene = [_text(config.scene or QUIET_ROOM)]
-    turns = []
-    for number, voice in enumerate(config.reference):
-        speaker = voice.speaker or (f"SPEAKER{number}" if several else None)
-        if voice.text is None:
-            scene += [_text(f"{speaker or 'SPEAKER0'}:"), {"type": "audio", "url": voice.audio}]
-        else:
-            spoken = f"[{speaker}] {voice.text}" if several else voice.text
-            turns.append({"role": "user", "content": [_text(spoken)]})
-            turns.append({"role": "assistant", "content": [{"type": "audio", "url": voice.audio}]})
-    if tags and not config.reference:
-        kinds = ("feminine", "masculine")
-        scene += [_text(f"{tag}: {kinds[i % 2]}") for i, tag in enumerate(tags)]
-    system = config.system or (SEVERAL_VOICES if several else ONE_VOICE)
-    return [
-        {"role": "system", "content": [_text(system)]},
-        {"role": "scene", "content": scene},
-        *turns,
-        {"role": "user", "content": [_text(text)]},
-    ]
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-def read_conversations(path: str | Path) -> list[Sample]:
-    """Conversations from YAML, JSON or JSONL: a list of messages, `{"id"?, "messages"}`, or a list of such.
-
-    Audio paths are relative to the file. Raises UserError naming the file and, in JSONL, the line.
-    """
-    path = Path(path)
-    content = read_text(path)
-    if path.suffix == ".jsonl":
-        lines = [
-            (f"{path}, line {number}", line) for number, line in enumerate(content.splitlines(), 1) if line.strip()
-        ]
-        entries = [(where, parse_json(line, where)) for where, line in lines]
-    else:
-        try:
-            value = parse_json(content, str(path)) if path.suffix == ".json" else yaml.safe_load(content)
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-        many = isinstance(value, list) and value and not (isinstance(value[0], dict) and "role" in value[0])
-        entries = [(f"{path}, entry {i}", one) for i, one in enumerate(value)] if many else [(str(path), value)]
-    if not entries:
-        raise UserError(f"{path} holds no conversation.")
-    samples = [parse_sample(entry, where, path.parent, f"{i:03d}") for i, (where, entry) in enumerate(entries)]
-    names = [sample.id for sample in samples]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path} has the id '{twice}' twice; every output file needs its own.")
-    return samples
-
-
 class ProgressBar:
-    """A streamer that shows frames/s, real-time factor (seconds of audio per second) and time to first frame."""
+    """A streamer that shows frames/s, the real-time factor (seconds of work per second of audio), time to first frame."""
 
     def __init__(self, total: int, frame_rate: float, shown: bool = True) -> None:
         self.bar = tqdm(total=total, unit="clip", disable=not shown, file=sys.stderr)
@@ -189,7 +117,7 @@ class ProgressBar:
         self.frames += int(is_frame.sum())
         rate = self.frames / (self.busy + now - self.started)
         self.bar.set_postfix_str(
-            f"{rate:.0f} frames/s, {rate / self.frame_rate:.2f}x real time, first frame {(self.first or 0) * 1000:.0f} ms"
+            f"{rate:.0f} frames/s, real-time factor {self.frame_rate / max(rate, 1e-9):.3f}, first frame {(self.first or 0) * 1000:.0f} ms"
         )
 
     def end(self) -> None:
@@ -210,38 +138,82 @@ def speak(
     progress: bool = True,
     **options: Any,
 ) -> Iterator[Speech]:
-    """Generates speech for conversations, `batch_size` at a time; `options` go to `model.generate`."""
+    """Generates speech for conversations, `batch_size` at a time; `options` go to `model.generate`.
+
+    All prompts are built and checked before the first is spoken, so that a mistake in the last costs nothing.
+    """
+    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    frames_wanted = model.generation_config.updated(**options).max_new_tokens
+    prompts = [prepare(model, processor, rows, modality, frames_wanted, named=len(jobs) > 1) for rows in batches]
     bar = ProgressBar(len(jobs), processor.audio_tokenizer.frame_rate, progress)
-    for start in range(0, len(jobs), batch_size):
-        rows = jobs[start : start + batch_size]
-        bar.begin()
-        inputs: BatchFeature = processor.apply_chat_template(
-            [job.messages for job in rows],
+    start = 0
+    with bar.bar:
+        for rows, prompt in zip(batches, prompts, strict=True):
+            bar.begin()
+            inputs = prompt.to(model.device)
+            out = model.generate(**inputs, streamer=bar, seed=seed + start, **options, return_dict_in_generate=True)
+            prompt_frames = inputs["audio_input_ids"].shape[1] if "audio_input_ids" in inputs else 0
+            frames, own = out.audio_sequences[:, prompt_frames:], out.audio_sequences_mask[:, prompt_frames:]
+            # A row that goes back to text may open several clips; they sound one after the other.
+            clips = [
+                split_clips(row[mask], model.config.audio_stream_bos_id) for row, mask in zip(frames, own, strict=True)
+            ]
+            flat = [clip for row in clips for clip in row]
+            padded = (
+                pad_sequence(flat, batch_first=True, padding_value=model.config.audio_stream_eos_id) if flat else None
+            )
+            waveforms = iter(processor.batch_decode(padded) if flat else [])
+            codes = iter(processor.generated_codes(padded) if flat else [])
+            written = out.sequences[:, inputs["input_ids"].shape[1] :]
+            ends = torch.isin(written, torch.tensor(model.config.eos_token_ids, device=written.device)).any(dim=1)
+            no_codes = torch.zeros(processor.num_codebooks, 0, dtype=torch.long)
+            for row, job in enumerate(rows):
+                text = written[row]
+                text = text[~model.model.audio_placeholders(text)].tolist()
+                yield Speech(
+                    job.id,
+                    torch.cat([torch.zeros(0), *islice(waveforms, len(clips[row]))]),
+                    torch.cat([no_codes, *(rows.cpu() for rows in islice(codes, len(clips[row])))], dim=1),
+                    processor.audio_tokenizer.sample_rate,
+                    processor.tokenizer.decode(text, skip_special_tokens=True).strip(),
+                    bool(ends[row]),
+                )
+            bar.done(len(rows))
+            start += len(rows)
+
+
+def prepare(
+    model: HiggsAudioV2ForConditionalGeneration,
+    processor: HiggsAudioV2Processor,
+    jobs: Sequence[Sample],
+    modality: str = "audio",
+    max_new_tokens: int | None = None,
+    named: bool = False,
+) -> BatchFeature:
+    """The prompts of one batch, checked against the model. With `named` an error says which conversation is at fault."""
+    try:
+        prompt = processor.apply_chat_template(
+            [job.messages for job in jobs],
             add_generation_prompt=True,
             modality=modality,
             tokenize=True,
             return_dict=True,
-        ).to(model.device)
-        out = model.generate(**inputs, streamer=bar, seed=seed + start, **options, return_dict_in_generate=True)
-        prompt_frames = inputs["audio_input_ids"].shape[1] if "audio_input_ids" in inputs else 0
-        frames = out.audio_sequences[:, prompt_frames:]
-        codes = processor.generated_codes(frames)
-        waveforms = processor.batch_decode(frames)
-        written = out.sequences[:, inputs["input_ids"].shape[1] :]
-        ends = torch.isin(written, torch.tensor(model.config.eos_token_ids, device=written.device)).any(dim=1)
-        for row, job in enumerate(rows):
-            text = written[row]
-            text = text[~model.model.audio_placeholders(text)].tolist()
-            yield Speech(
-                job.id,
-                waveforms[row],
-                codes[row].cpu(),
-                processor.audio_tokenizer.sample_rate,
-                processor.tokenizer.decode(text, skip_special_tokens=True).strip(),
-                bool(ends[row]),
-            )
-        bar.done(len(rows))
-    bar.bar.close()
+        )
+        check_prompt(
+            model.config,
+            prompt["input_ids"],
+            prompt["attention_mask"],
+            prompt.get("audio_input_ids"),
+            prompt.get("audio_input_ids_mask"),
+            max_new_tokens,
+            model.text_lm_head is not None,
+        )
+    except UserError as error:
+        if len(jobs) > 1:
+            for job in jobs:
+                prepare(model, processor, [job], modality, max_new_tokens, named)
+        raise UserError(f"Conversation {jobs[0].id}: {error}") if named and len(jobs) == 1 else error from error
+    return prompt
 
 
 def output_paths(output: str, jobs: Sequence[Sample]) -> list[Path]:
@@ -256,20 +228,20 @@ def output_paths(output: str, jobs: Sequence[Sample]) -> list[Path]:
     else:
         paths = [path.with_name(f"{path.stem}_{job.id}{path.suffix}") for job in jobs]
     for job, target in zip(jobs, paths, strict=True):
-        if Path(job.id).name != job.id:
-            raise UserError(f"The id '{job.id}' cannot be part of a file name; leave out slashes.")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not job.id or Path(job.id).name != job.id:
+            raise UserError(f"The id '{job.id}' cannot be part of a file name; it needs a character, and no slash.")
+        # The folder itself is made when the first file is written.
+        folder = next(parent for parent in target.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{target} cannot be written: {folder} is no folder that can be written to.")
     return paths
 
 
 def check_audio(jobs: Sequence[Sample]) -> None:
     """Reads every audio file once, so that a bad one is named before a model is loaded and sound is generated."""
-    for job in jobs:
-        for message in job.messages:
-            for item in message["content"] if isinstance(message["content"], list) else ():
-                source = item.get("path") or item.get("url")
-                if item.get("type") == "audio" and source and "://" not in source:
-                    load_audio(source)
+    for sample, item in audio_items(jobs):
+        if not any("://" in str(item.get(key)) for key in ("url", "audio")):  # the web is asked once, later
+            read_audio_item(item, 24000, f"Audio of conversation {sample.id}")
 
 
 def check_fit(model: HiggsAudioV2ForConditionalGeneration, processor: HiggsAudioV2Processor) -> None:
@@ -304,7 +276,8 @@ def infer(config: InferConfig) -> list[Speech]:
     if config.conversation is not None:
         jobs = read_conversations(config.conversation)
     else:
-        jobs = [Sample("output", compose_conversation(config))]
+        composed = compose_conversation(config.text, config.scene, config.system, config.reference, config.normalize)
+        jobs = [Sample("output", composed)]
         ChatBuilder().build(jobs[0].messages, add_generation_prompt=True)
     paths = output_paths(config.output, jobs)
     check_audio(jobs)
@@ -336,3 +309,13 @@ def infer(config: InferConfig) -> list[Speech]:
         else:
             tqdm.write(f"{speech.name}: no sound was generated ({', '.join(report)}); {path} is not written")
     return spoken
+
+
+def require_sound(spoken: Sequence[Speech]) -> None:
+    """Raises UserError if a conversation was answered with neither sound nor text; the others' files are written."""
+    silent = [speech.name for speech in spoken if not speech.waveform.numel() and not speech.text]
+    if silent:
+        raise UserError(
+            f"No sound was generated for {', '.join(silent)}. Allow more frames (generation.max_new_tokens; the first "
+            "codes of a clip need as many as there are codebooks), or try another seed."
+        )

@@ -5,6 +5,7 @@ L samples, K codebooks, T codec frames.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,16 +59,24 @@ def read_audio_item(item: Mapping[str, Any], sample_rate: int, where: str) -> Te
         what = f"several ({', '.join(given)})" if given else "none"
         raise UserError(f"{where} must hold one of {', '.join(SOURCES)}; it holds {what}.")
     source = item[given[0]]
+    rate = item.get("sampling_rate")
+    if rate is not None and (not isinstance(rate, int) or rate < 1):
+        raise UserError(f"{where}: sampling_rate is {rate!r}; it must be a whole number of Hz.")
+    if given[0] in ("url", "path") and not isinstance(source, str | Path):
+        raise UserError(f"{where}: {given[0]} must be text, not {type(source).__name__}.")
+    if given[0] == "codes" or isinstance(source, list):
+        try:
+            source = torch.as_tensor(source, dtype=torch.long if given[0] == "codes" else torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{where}: {given[0]} is no regular array of numbers ({error}).") from error
     if given[0] == "codes":
-        return torch.as_tensor(source, dtype=torch.long)
+        return source
     if given[0] == "base64":
         if not isinstance(source, str):
             raise UserError(f"{where}: base64 must be text, not {type(source).__name__}; decode the bytes to a string.")
         if not source.startswith("data:"):  # a short one could else pass for a path
             source = f"data:audio;base64,{source}"
-    if isinstance(source, list):
-        source = torch.tensor(source, dtype=torch.float32)
     try:
-        return load_audio(source, sample_rate, sampling_rate_of_array=item.get("sampling_rate"))
+        return load_audio(source, sample_rate, sampling_rate_of_array=rate)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

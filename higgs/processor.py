@@ -342,7 +342,9 @@ class HiggsAudioV2Processor:
         config: dict[str, Any] = {name: getattr(self, name) for name in PLAIN_FIELDS}
         config["audio_tokenizer"] = {
             "audio_tokenizer_class": "HiggsAudioV2TokenizerModel",
-            "audio_tokenizer_name_or_path": CODEC_FOLDER,
+            # Absolute, because transformers takes a relative name for one on the hub. Here the folder beside goes first,
+            # so that a checkpoint may move.
+            "audio_tokenizer_name_or_path": str(Path(path).absolute() / CODEC_FOLDER),
         }
         config["feature_extractor"] = self.feature_extractor.to_dict()
         config["processor_class"] = type(self).__name__

@@ -106,7 +106,8 @@ def test_the_checkpoints_generation_config_is_used(tmp_path):
     )
     model.save_pretrained(tmp_path)
     loaded = HiggsAudioV2ForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.generation_config == model.generation_config
+    # The file names the model's own end of turn where the config left it open.
+    assert loaded.generation_config == model.generation_config.updated(eos_token_id=model.config.eos_token_id)
     batch = make_batch(model.config, [[5], [7]], open_audio=True)
     settings = {name: value for name, value in vars(model.generation_config).items() if value is not None}
     expected = make_ours(num_codebooks=2, **CODES).generate(**batch, **settings, seed=3)
@@ -150,7 +151,6 @@ REFUSED = {
     "guidance_scale": 3.0,
     "output_attentions": True,
     "output_hidden_states": True,
-    "use_cache": False,
 }
 
 
@@ -166,6 +166,7 @@ def test_the_off_values_of_refused_options_are_accepted():
     model = make_ours()
     batch = make_batch(model.config, [[5]], open_audio=True)
     off = {"num_beams": 1, "assistant_model": None, "synced_gpus": False, "repetition_penalty": 1.0, "use_cache": True}
+    off |= {"min_length": 0, "stop_strings": None, "pad_token_id": model.config.pad_token_id, "temperature": 0.0}
     assert torch.equal(model.generate(**batch, max_new_tokens=3, **off), model.generate(**batch, max_new_tokens=3))
 
 
@@ -179,7 +180,7 @@ def test_an_unknown_argument_is_a_type_error():
     ("options", "said"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"temperature": 0.0}, "do_sample=False"),
+        ({"temperature": 0.0, "do_sample": True}, "do_sample=False"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
@@ -204,3 +205,25 @@ def test_mistakes_are_named(options: dict, said: str):
         model.generate(**{**batch, "max_new_tokens": 4, **options})
     with pytest.raises(UserError, match="input_ids"):
         model.generate()
+
+
+@pytest.mark.parametrize("open_audio", [True, False])
+def test_without_a_cache_the_same_comes_out(open_audio: bool) -> None:
+    model = make_ours(use_text_head=True)
+    batch = make_batch(model.config, [[5, 6], [7]], open_audio=open_audio)
+    how = {"max_new_tokens": 20, "do_sample": True, "seed": 3, "return_dict_in_generate": True}
+    cached, plain = (model.generate(**batch, **how, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached.audio_sequences, plain.audio_sequences)
+    assert torch.equal(cached.sequences, plain.sequences)
+    model.config.use_cache = False  # the config's setting is the default
+    assert torch.equal(model.generate(**batch, **how).sequences, plain.sequences)
+
+
+def test_own_end_tokens_stop_the_text() -> None:
+    model = make_ours(use_text_head=True)
+    batch = make_batch(model.config, [[5, 6]], open_audio=False)
+    start, how = batch["input_ids"].shape[1], {"max_new_tokens": 12, "return_dict_in_generate": True}
+    first = int(model.generate(**batch, **how).sequences[0, start])
+    assert first not in model.config.eos_token_ids
+    written = model.generate(**batch, **how, eos_token_id=[first]).sequences[0, start:]
+    assert written.tolist() == [first]

@@ -33,15 +33,10 @@ def refused(infer: Runner, said: str, *arguments: str, **options: object) -> Out
     before = infer.files()
     outcome = infer(*arguments, **options)
     assert outcome.status == 2, outcome
-    # A progress bar may have begun on the line before.
-    lines = [
-        line for line in outcome.error.split("\n") if line.strip() and "clip/s" not in line.split("error:")[0][-20:]
-    ]
-    lines = [line.rpartition("\r")[2] for line in lines]
+    lines = outcome.error.strip().split("\n")
     assert len(lines) == 1 and lines[0].startswith("error: "), outcome.error
     assert "Traceback" not in outcome.error + outcome.out
     assert said in lines[0], lines[0]
-    assert lines[0].rstrip().endswith((".", "?", "…", ")")), lines[0]
     assert infer.files() == before, "something was written"
     return outcome
 
@@ -86,7 +81,8 @@ def wave(name: str, samples: np.ndarray, rate: int = 24000, subtype: str = "FLOA
         ("max_new_tokens=5000 does not fit", [TEXT, "generation.max_new_tokens=5000"]),
         ("control token <|eot_id|>", ["text=Hello <|eot_id|> you"]),
         ("control token <|AUDIO_OUT|>", ["text=Hello <|AUDIO_OUT|> you"]),
-        ("=", ["text"]),
+        ("Write key=value", ["text"]),
+        ("Write key=value", [TEXT, "reference=[{audio: a.wav, text: b]"]),
         ("tokens long, but the model has 256 positions", ["text=" + "many words " * 200]),
         ("Audio file nowhere.wav does not exist", [TEXT, "reference=[{audio: nowhere.wav}]"]),
         ("nowhere.json", ["conversation=nowhere.json"]),
@@ -174,17 +170,12 @@ VOICE = {"type": "audio", "path": "voice.wav"}
         ("holds none", [SYSTEM, user("One."), message("assistant", {"type": "audio"}), user("Two.")]),
         ("holds several", [SYSTEM, user("One."), message("assistant", {**VOICE, "url": "voice.wav"}), user("Two.")]),
         ("holds 2 items", [message("system", TEXT_ITEM, TEXT_ITEM), user("One.")]),
-        ("must not end", [SYSTEM, user("One."), message("assistant", TEXT_ITEM)]),
     ],
 )
-@pytest.mark.parametrize("second", [False, True])
-def test_conversations_that_are_not(infer, said: str, messages: list, second: bool):
+def test_conversations_that_are_not(infer, said: str, messages: list):
     """Also where it is the second of two and the first could have been spoken already."""
     wave("voice.wav", np.full(4000, 0.1))
-    if said == "must not end":
-        pytest.skip("a conversation that ends with an assistant message is asked to go on")
-    jobs = [{"messages": CLONE}, {"messages": messages}] if second else {"messages": messages}
-    Path("talk.json").write_text(json.dumps(jobs))
+    Path("talk.json").write_text(json.dumps([{"messages": CLONE}, {"messages": messages}]))
     refused(infer, said, "conversation=talk.json", "output=out", "batch_size=1", "generation.max_new_tokens=12")
 
 
@@ -198,7 +189,7 @@ def test_the_second_prompt_is_too_long(infer):
     long = [SYSTEM, user("many words " * 200)]
     Path("talk.json").write_text(json.dumps([{"messages": CLONE[:2]}, {"messages": long}]))
     refused(infer, "positions", "conversation=talk.json", "output=out", "batch_size=1")
-    Path("talk.json").write_text(json.dumps([{"messages": CLONE[:2]}, {"messages": [SYSTEM, user("words " * 70)]}]))
+    Path("talk.json").write_text(json.dumps([{"messages": CLONE[:2]}, {"messages": [SYSTEM, user("words " * 22)]}]))
     refused(
         infer, "does not fit", "conversation=talk.json", "output=out", "batch_size=1", "generation.max_new_tokens=150"
     )
@@ -236,7 +227,6 @@ BAD_AUDIO: dict[str, tuple[str, Callable[[str], object]]] = {
 def test_unusable_audio(infer, kind: str):
     said, make = BAD_AUDIO[kind]
     make("voice.wav")
-    refused(infer, said, TEXT, "reference=[{audio: voice.wav, text: One.}]", "output=a.wav")
     refused(infer, said, TEXT, "reference=[{audio: voice.wav}]", "output=out")
     # In the second conversation, where the first could have been spoken already.
     Path("talk.json").write_text(json.dumps([{"messages": CLONE[:2]}, {"messages": CLONE}]))
@@ -268,6 +258,9 @@ def copy(checkpoint, tmp_path_factory) -> Path:
 )  # fmt: skip
 def test_a_missing_part_of_the_checkpoint(infer, copy: Path, part: str):
     (copy / part).rename(copy / f"{part}.away")
+    # The processor's config names where the checkpoint was written; that place is gone too.
+    settings = copy / "processor_config.json"
+    settings.write_text(settings.read_text().replace(str(copy.parent), "/away").replace("/audio_tokenizer", "/moved"))
     expected = {"model.safetensors": "model.safetensors", "audio_tokenizer": "audio_tokenizer"}.get(
         part, Path(part).name
     )

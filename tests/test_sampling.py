@@ -1,8 +1,10 @@
 """The random numbers behind sampling, and what is drawn with them."""
 
+import pytest
 import torch
 from torch import Tensor
 
+from higgs.generation import sampling
 from higgs.generation.generator import row_seeds
 from higgs.generation.sampling import draw, uniform
 
@@ -54,3 +56,29 @@ def test_draws_follow_the_softmax():
     kept = expected > 0
     chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
     assert chi_square < 22.5, f"{chi_square:.1f} with 6 degrees of freedom is beyond 0.1 %"
+
+
+def test_the_largest_number_is_below_one(monkeypatch):
+    """At 1 the Gumbel number would be infinite and win over every score, a forbidden one included."""
+    monkeypatch.setattr(sampling, "_mix", lambda x: torch.full_like(x, 0xFFFFFFFF))
+    assert (uniform((2, 3), torch.tensor([0, 1]), 0, 0) < 1).all()
+    scores = torch.tensor([[-float("inf"), 0.0, -float("inf")]])
+    assert draw(scores, torch.tensor([0]), 0, 0).tolist() == [1]
+    monkeypatch.setattr(sampling, "_mix", torch.zeros_like)
+    assert (uniform((2, 3), torch.tensor([0, 1]), 0, 0) > 0).all()
+
+
+def test_the_largest_bits_stay_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of exactly 1 would make an infinite Gumbel number, which beats any score and turns -inf into NaN."""
+    for bits in (0, 0xFFFFFFFF):
+        monkeypatch.setattr(sampling, "_mix", lambda x, bits=bits: torch.full_like(x, bits))
+        numbers = uniform((2, 3), torch.tensor([0, 1]), 0, 0)
+        assert bool(((numbers > 0) & (numbers < 1)).all())
+
+
+def test_a_forbidden_code_is_never_drawn() -> None:
+    scores = torch.full((64, 8, 1026), float("-inf"))
+    scores[..., 3] = 0.0
+    seeds = torch.arange(64)
+    for step in range(40):
+        assert bool((draw(scores, seeds, step, 0) == 3).all())

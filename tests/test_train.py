@@ -44,6 +44,7 @@ def run_training(*overrides: str) -> list[Match]:
         codec=lambda: cli.build(config.codec),
         tokenizer=cli.build(config.tokenizer),
         model=lambda ids: cli.build(config.model, config=ids),
+        chat=cli.build(config.chat),
     )
     return train(cli.to_dataclass(TrainConfig, config), parts)
 

@@ -101,8 +101,9 @@ class Codec(nn.Module):
         self,
         input_values: Tensor,
         bandwidth: float | None = None,
-        lengths: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        lengths: Tensor | None = None,
     ) -> EncoderOutput | Tensor:
         """Codes of a batch of mono clips.
 
@@ -124,7 +125,7 @@ class Codec(nn.Module):
         return EncoderOutput(codes, torch.tensor(features.row_lengths, device=codes.device))
 
     def decode(
-        self, audio_codes: Tensor, lengths: Tensor | None = None, return_dict: bool = True
+        self, audio_codes: Tensor, return_dict: bool = True, *, lengths: Tensor | None = None
     ) -> DecoderOutput | Tensor:
         """Waveforms [B, 1, T·hop] of codes.
 
@@ -160,17 +161,18 @@ class Codec(nn.Module):
         input_values: Tensor,
         audio_codes: Tensor | None = None,
         bandwidth: float | None = None,
-        lengths: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        lengths: Tensor | None = None,
     ) -> CodecOutput | tuple[Tensor, Tensor]:
         """Encode (unless `audio_codes` [B, K, T] are given) and decode clips [B, 1, L]; see `encode` and `decode`."""
         frames = None
         if audio_codes is None:
-            encoded = self.encode(input_values, bandwidth, lengths)
+            encoded = self.encode(input_values, bandwidth, lengths=lengths)
             audio_codes, frames = encoded.audio_codes, encoded.lengths
         elif lengths is not None:
             frames = torch.tensor([min(self.code_length(int(n)), audio_codes.shape[-1]) for n in lengths])
-        values = self.decode(audio_codes, frames, return_dict=False)
+        values = self.decode(audio_codes, return_dict=False, lengths=frames)
         values = Ragged.from_batch(values, None if lengths is None else lengths.clamp(max=values.shape[-1])).masked()
         values = values[..., : input_values.shape[-1]]
         return CodecOutput(audio_codes, values) if return_dict else (audio_codes, values)

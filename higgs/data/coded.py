@@ -9,10 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from higgs.audio import load_audio
 from higgs.batch import BatchFeature
 from higgs.data.manifest import Sample
-from higgs.errors import UserError
+from higgs.inputs import read_audio_item
 from higgs.processor import HiggsAudioV2Processor
 
 
@@ -29,19 +28,13 @@ def audio_items(samples: Sequence[Sample]) -> list[tuple[Sample, dict]]:
 
 
 def load_clips(samples: Sequence[Sample], sample_rate: int) -> list[Tensor]:
-    """The waveforms [L] of all audio items in order; an unreadable one is a UserError naming its sample."""
-    clips = []
-    for sample, item in audio_items(samples):
-        source = item.get("path") or item.get("url")
-        try:
-            clips.append(load_audio(source, sample_rate))
-        except UserError as error:
-            raise UserError(f"Sample {sample.id}: {error}") from error
-    return clips
+    """The waveforms [L] of all audio items that hold sound, in order; a bad one is a UserError naming its sample."""
+    read = [read_audio_item(item, sample_rate, f"Sample {sample.id}") for sample, item in audio_items(samples)]
+    return [clip for clip in read if clip.is_floating_point()]
 
 
 def code_samples(processor: HiggsAudioV2Processor, samples: Sequence[Sample], clips: Sequence[Tensor]) -> list[Sample]:
-    """The same samples with codes [K, T] in place of audio files, all coded in one batch."""
+    """The same samples with codes [K, T] in place of sound, all coded in one batch; items with codes stay."""
     codes = iter(processor.encode_audio(clips))
     coded = []
     for sample in samples:
@@ -50,7 +43,10 @@ def code_samples(processor: HiggsAudioV2Processor, samples: Sequence[Sample], cl
             content = message["content"]
             if isinstance(content, list):
                 content = [
-                    {"type": "audio", "codes": next(codes)} if item["type"] == "audio" else item for item in content
+                    {"type": "audio", "codes": next(codes)}
+                    if item["type"] == "audio" and item.get("codes") is None
+                    else item
+                    for item in content
                 ]
             messages.append({**message, "content": content})
         coded.append(replace(sample, messages=messages))

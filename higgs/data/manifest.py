@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,8 @@ def absolute_audio(messages: Sequence[dict[str, Any]], folder: Path) -> list[dic
         if not isinstance(value, dict) or value.get("type") != "audio":
             return value
         moved = dict(value)
-        for key in ("url", "path"):
-            if isinstance(moved.get(key), str) and "://" not in moved[key]:
+        for key in ("url", "path", "audio"):
+            if isinstance(moved.get(key), str) and not re.match(r"\w+://|data:", moved[key]):
                 moved[key] = str(folder / moved[key])
         return moved
 

@@ -31,6 +31,20 @@ REFUSED: dict[str, tuple] = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
     "synced_gpus": (None, False),
+    "min_new_tokens": (None, 0),
+    "min_length": (None, 0),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "sequence_bias": (None,),
+    "renormalize_logits": (None, False),
+    "stop_strings": (None,),
+    "max_time": (None,),
+    "cache_implementation": (None, "static"),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "encoder_repetition_penalty": (None, 1.0),
 }
 # Keys of a generation_config.json that say nothing about how this model generates.
 FOREIGN_KEYS = frozenset(
@@ -38,14 +52,12 @@ FOREIGN_KEYS = frozenset(
         "_from_model_config",
         "transformers_version",
         "bos_token_id",
-        "eos_token_id",
         "pad_token_id",
         "decoder_start_token_id",
         "use_text_head",
         "cache_implementation",
         "use_cache",
         "max_length",
-        "min_length",
         "early_stopping",
         "length_penalty",
         "generation_kwargs",
@@ -62,7 +74,7 @@ class GenerationConfig:
     a code that occurs `ras_win_max_num_repeat` times or more among its codebook's last `ras_win_len` frames is drawn
     again from the unprocessed logits (repetition-aware sampling); both None switch it off. `seed` makes draws
     reproducible: row i of a batch draws with seed + i, so a batch equals its rows alone with those seeds; None takes a
-    seed from torch's global generator.
+    seed from torch's global generator. `eos_token_id`: text tokens that end a row; None takes the model's.
     """
 
     max_new_tokens: int | None = None
@@ -73,14 +85,24 @@ class GenerationConfig:
     seed: int | None = None
     ras_win_len: int | None = None
     ras_win_max_num_repeat: int | None = None
+    eos_token_id: int | list[int] | None = None
     return_dict_in_generate: bool = False
     output_scores: bool = False
     output_logits: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            ("temperature", int | float),
+            ("top_p", int | float),
+            ("top_k", int),
+            ("max_new_tokens", int),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise UserError(f"{name} is {value!r}; it must be a number.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
-        if self.temperature is not None and self.temperature <= 0:
+        if self.do_sample and self.temperature is not None and self.temperature <= 0:
             raise UserError(
                 f"temperature is {self.temperature}; it must be above 0. For greedy decoding set do_sample=False."
             )
@@ -109,9 +131,16 @@ class GenerationConfig:
         # Hugging Face writes null for what its own defaults decide.
         return cls(**{name: value for name, value in values.items() if name in known and value is not None})
 
+    @property
+    def eos_token_ids(self) -> list[int]:
+        if self.eos_token_id is None:
+            return []
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
         del values["seed"]
+        values["top_k"] = values["top_k"] or 0  # None would be read as the default
         return {name: value for name, value in values.items() if value is not None}
 
     def updated(self, **changes: Any) -> "GenerationConfig":
@@ -127,7 +156,8 @@ class GenerationConfig:
 def refuse_unsupported(values: Mapping[str, Any]) -> None:
     for name, off in REFUSED.items():
         if name in values and not any(values[name] is value or values[name] == value for value in off):
+            value = values[name] if isinstance(values[name], int | float | str | list | dict) else "…"
             raise UserError(
-                f"{name}={values[name]!r} is not possible for audio codes, which are drawn per codebook under the delay "
+                f"{name}={value!r} is not possible for audio codes, which are drawn per codebook under the delay "
                 "pattern. Leave it out; greedy decoding and sampling (do_sample, temperature, top_k, top_p, ras_*) work."
             )

@@ -136,8 +136,9 @@ def choose(
     delayed = (codes == eos).any(dim=-1) | (state.token == c.audio_delay_token_id)
     token = torch.where(delayed, c.audio_delay_token_id, c.audio_token_id)
     done = ended & ~state.to_text
-    if c.eos_token_ids:
-        token = token.masked_fill(done, c.eos_token_ids[0])
+    stops = how.eos_token_ids or c.eos_token_ids
+    if stops:
+        token = token.masked_fill(done, stops[0])
     speaking, finished, text_scores = state.speaking, state.finished | done, None
     if text_logits is not None:
         text_scores = text_logits.float()
@@ -147,11 +148,12 @@ def choose(
         if how.do_sample:
             text_scores = warp(text_scores, how.temperature, how.top_k, how.top_p)
         text = draw(text_scores, state.seeds, step, stream=2) if how.do_sample else text_scores.argmax(dim=-1)
-        if c.eos_token_ids:
-            text = text.masked_fill(state.finished, c.eos_token_ids[0])
         token = torch.where(speaking, token, text)
+        if stops:
+            # A row that was stopped from outside writes no placeholder for a frame that is not kept.
+            token = token.masked_fill(state.finished, stops[0])
         turn_over = torch.zeros_like(finished)
-        for end in c.eos_token_ids:
+        for end in stops:
             turn_over = turn_over | (text == end)
         finished = state.finished | torch.where(speaking, done, turn_over)
     window = torch.cat((state.window[:, 1:], codes[:, None]), dim=1)
@@ -185,12 +187,13 @@ def generate(
     logits_processor: Sequence[LogitsProcessor] = (),
     stopping_criteria: Sequence[StoppingCriterion] = (),
     streamer: object | None = None,
+    use_cache: bool = True,
 ) -> GenerationOutput:
     """Continues left-padded prompts [B, T] with their audio frames [B, F, K] until every row has finished.
 
     A row that ends early is padded with EOS and does not change the others. A prompt that does not end by opening
-    audio is continued by the text head, which may open audio itself and is asked again when that audio ends. Raises
-    UserError for prompts that cannot be continued.
+    audio is continued by the text head, which may open audio itself and is asked again when that audio ends. Without
+    `use_cache` every step runs the whole sequence again. Raises UserError for prompts that cannot be continued.
     """
     how = how or GenerationConfig()
     c = model.config
@@ -214,20 +217,36 @@ def generate(
     mixed = bool(state.to_text.any())
     cache = StaticKVCache(c, batch, length + steps, device, model.dtype)
     hidden = prefill(model, cache, input_ids, attention_mask, audio_input_ids, audio_input_ids_mask)
-    skinny = SkinnyDecoder(model, batch) if SkinnyDecoder.serves(model, batch) and not mixed else None
+    skinny = SkinnyDecoder(model, batch) if SkinnyDecoder.serves(model, batch) and use_cache and not mixed else None
 
     sequences = torch.cat((input_ids, input_ids.new_zeros(batch, steps)), dim=1)
     frames = input_ids.new_full((batch, steps, c.num_codebooks), c.audio_stream_eos_id)
     is_frame = torch.zeros(batch, steps, dtype=torch.bool, device=device)
     running = torch.zeros(batch, steps, dtype=torch.bool, device=device)
     scores, logits, text_scores = [], [], []
-    check_every = 1 if device.type == "cpu" or stopping_criteria else GPU_CHECK_EVERY
+    watched = stopping_criteria or streamer is not None
+    check_every = 1 if device.type == "cpu" or watched else GPU_CHECK_EVERY
     if streamer is not None:
         streamer.put(input_ids.cpu())
     done = 0
     for step in range(steps):
         if step:
-            hidden = skinny.decode_one_frame(cache, state) if skinny else decode_one_frame(model, cache, state, mixed)
+            if not use_cache:
+                new = sequences[:, length : length + step]
+                cache = StaticKVCache(c, batch, length + step, device, model.dtype)
+                hidden = prefill(
+                    model,
+                    cache,
+                    sequences[:, : length + step],
+                    torch.cat((attention_mask, torch.ones_like(new)), dim=1),
+                    *join_frames(
+                        audio_input_ids, audio_input_ids_mask, frames[:, :step], model.model.audio_placeholders(new)
+                    ),
+                )
+            elif skinny:
+                hidden = skinny.decode_one_frame(cache, state)
+            else:
+                hidden = decode_one_frame(model, cache, state, mixed)
             state = replace(state, position=state.position + 1)
         running[:, step] = ~state.finished
         is_frame[:, step] = state.speaking & ~state.finished
@@ -261,11 +280,7 @@ def generate(
     sequences, frames, is_frame = sequences[:, : length + done], frames[:, :done], is_frame[:, :done]
     if mixed:
         frames, is_frame = left_align(frames, is_frame, c.audio_stream_eos_id)
-    if audio_input_ids is not None:
-        valid = audio_input_ids_mask
-        valid = torch.ones(audio_input_ids.shape[:2], device=device) if valid is None else valid
-        frames = torch.cat((audio_input_ids, frames), dim=1)
-        is_frame = torch.cat((valid.bool(), is_frame), dim=1)
+    frames, is_frame = join_frames(audio_input_ids, audio_input_ids_mask, frames, is_frame)
     return GenerationOutput(
         sequences=sequences,
         audio_sequences=frames,
@@ -275,6 +290,16 @@ def generate(
         text_scores=tuple(text_scores[:done]) if how.output_scores and mixed else None,
         past_key_values=cache,
     )
+
+
+def join_frames(
+    prompt: Tensor | None, prompt_mask: Tensor | None, frames: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The prompt's frames, if any, then the generated ones, [B, F, K], and which of them are a row's own [B, F]."""
+    if prompt is None:
+        return frames, mask
+    own = torch.ones_like(prompt[..., 0]) if prompt_mask is None else prompt_mask
+    return torch.cat((prompt, frames), dim=1), torch.cat((own.bool(), mask), dim=1)
 
 
 def row_seeds(seed: int | None, batch: int, device: torch.device) -> Tensor:

@@ -24,7 +24,8 @@ def reference_generate(
 ) -> tuple[list[int], list[list[int]]]:
     """One prompt without padding [T] and its frames [F, K] -> generated text tokens and generated frames.
 
-    A prompt that opens audio ends with that audio; any other is text for the text head, and goes back to text.
+    A prompt that ends by opening audio ends with that audio; any other is text for the text head, and goes back to text
+    (here, unlike in `generate`, also one that breaks off inside a clip).
     """
     how = how or GenerationConfig()
     c = model.config

@@ -55,7 +55,9 @@ def uniform(shape: tuple[int, ...], seeds: Tensor, step: Tensor | int, stream: i
     # Added on the device: a step that is a plain number made into a tensor would be a copy from the host, and a wait.
     key = _mix(key ^ _mix(torch.zeros_like(seeds) + step * 8 + stream))
     bits = _mix(key[:, None] ^ _mix(place + 0x9E3779B9))
-    return (((bits >> 8).float() + 0.5) / 2**24).view(shape)
+    # 23 bits and a half fit float32 exactly. One bit more would round up to 1, whose Gumbel number is infinite and would
+    # win over every score, a forbidden one included.
+    return (((bits >> 9).float() + 0.5) / 2**23).view(shape)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -102,6 +102,12 @@ def check_prompt(
         raise UserError(
             f"attention_mask {list(attention_mask.shape)} and input_ids {list(input_ids.shape)} must have the same shape."
         )
+    highest = int(input_ids.max())
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"Token id {highest} is beyond the vocabulary of {config.vocab_size}. Use the tokenizer that belongs to this "
+            "checkpoint."
+        )
     if not bool(attention_mask[:, -1].bool().all()):
         raise UserError("Prompts must be padded on the left, so that each ends where generation starts.")
     if audio_input_ids is not None and audio_input_ids.shape[-1] != config.num_codebooks:

@@ -10,6 +10,8 @@ Shapes: B batch, T sequence, F audio frames, K codebooks, V rows per codebook, C
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,8 +107,10 @@ class DualFFNTransformer(nn.Module):
             inputs_embeds = self.embed_tokens(input_ids)
             placeholders = self.audio_placeholders(input_ids)
         else:
-            placeholder = self.embed_tokens.weight[self.config.audio_token_id]
-            placeholders = (inputs_embeds == placeholder).all(dim=-1)
+            placeholders = self._embedded(inputs_embeds, self.config.audio_token_id)
+            if audio_input_ids is not None and int(placeholders.sum()) != _count(audio_input_ids, audio_input_ids_mask):
+                # transformers knows the delayed tail by its ids only; here whole clips work from embeddings too.
+                placeholders = placeholders | self._embedded(inputs_embeds, self.config.audio_delay_token_id)
         routing = Routing.by_rows(placeholders)
         if audio_input_ids is None:
             return inputs_embeds, routing
@@ -121,6 +125,10 @@ class DualFFNTransformer(nn.Module):
         audio = self.embed_audio_tokens(frames).to(inputs_embeds.dtype)
         merged = inputs_embeds.flatten(0, 1).index_copy(0, routing.audio_rows, audio)
         return merged.view_as(inputs_embeds), routing
+
+    def _embedded(self, inputs_embeds: Tensor, token: int) -> Tensor:
+        """Where embeddings [B, T, C] are those of a token: [B, T]."""
+        return (inputs_embeds == self.embed_tokens.weight[token]).all(dim=-1)
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.device.type == "cpu" and input_ids.numel() and int(input_ids.max()) >= self.config.vocab_size:
@@ -161,13 +169,17 @@ class DualFFNTransformer(nn.Module):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
-    ) -> TransformerOutput:
+        output_attentions: bool = False,
+        return_dict: bool = True,
+    ) -> TransformerOutput | tuple[Any, ...]:
         """Text ids [B, T] with placeholders, and the audio frames that take their places [B, F, K].
 
         `attention_mask` [B, T] (with a cache [B, past + T]) is 1 at real tokens, `audio_input_ids_mask` [B, F] is True
         at valid frames, `position_ids` [B, T] default to the column numbers. A cache, given as `past_key_values` or
-        made with `use_cache=True`, is filled and returned.
+        made with `use_cache=True`, is filled and returned. `return_dict=False` gives a tuple.
         """
+        if output_attentions:
+            raise UserError("Attention weights are never formed here (fused attention); leave output_attentions out.")
         x, routing = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, inputs_embeds)
         batch, new = x.shape[:2]
         if use_cache is None:
@@ -187,7 +199,8 @@ class DualFFNTransformer(nn.Module):
         x = self.transform(x, routing, position_ids, mask, cache, states)
         if cache is not None:
             cache.end()
-        return TransformerOutput(x, cache, tuple(states) if states is not None else None)
+        out = TransformerOutput(x, cache, tuple(states) if states is not None else None)
+        return out if return_dict else out.to_tuple()
 
 
 class DualFFNDecoder(nn.Module):
@@ -237,8 +250,10 @@ class DualFFNDecoder(nn.Module):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
         codebook_weights: Tensor | None = None,
-    ) -> DecoderOutput:
+    ) -> DecoderOutput | tuple[Any, ...]:
         """Logits of the audio head [B, T', K*V], and the loss where labels are given.
 
         `labels` [B, T] and `audio_labels` [B, F, K] are not shifted; -100 is not trained. The loss is the sum over
@@ -254,8 +269,9 @@ class DualFFNDecoder(nn.Module):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=self.config.use_cache and past_key_values is not None if use_cache is None else use_cache,
+            use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         hidden = out.last_hidden_state
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
@@ -271,7 +287,11 @@ class DualFFNDecoder(nn.Module):
             sums = decoder_loss(self, hidden, placeholders, labels, audio_labels, audio_input_ids_mask)
             result.codebook_loss, result.text_loss = sums.codebook_loss, sums.text_loss
             result.loss = sums.loss(codebook_weights)
-        return result
+        return result if return_dict else result.to_tuple()
+
+
+def _count(frames: Tensor, mask: Tensor | None) -> int:
+    return frames.shape[0] * frames.shape[1] if mask is None else int(mask.sum())
 
 
 def embed_step(model: DualFFNTransformer, tokens: Tensor, frames: Tensor, is_audio: Tensor) -> Tensor:

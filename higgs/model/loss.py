@@ -36,12 +36,12 @@ class LossSums:
 
     @property
     def codebook_loss(self) -> Tensor | None:
-        """Mean cross-entropy of each codebook [K]; NaN where a codebook has no label, as of any empty mean."""
-        return None if self.codebook_sum is None else self.codebook_sum / self.codebook_count
+        """Mean cross-entropy of each codebook [K]; 0 where nothing was to be learnt."""
+        return None if self.codebook_sum is None else self.codebook_sum / self.codebook_count.clamp(min=1)
 
     @property
     def text_loss(self) -> Tensor | None:
-        return None if self.text_sum is None else self.text_sum / self.text_count
+        return None if self.text_sum is None else self.text_sum / self.text_count.clamp(min=1)
 
     def loss(self, codebook_weights: Tensor | None = None, text_weight: float = 1.0) -> Tensor | None:
         """Weighted sum of the codebooks' means plus the text's mean.

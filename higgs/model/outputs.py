@@ -11,13 +11,18 @@ from torch import Tensor
 from higgs.model.cache import StaticKVCache
 
 
-class _ByName:
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
+class _Output:
+    """Fields by attribute, by name and, those that are set, by position."""
+
+    def __getitem__(self, key: str | int) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value for value in vars(self).values() if value is not None)
 
 
 @dataclass
-class TransformerOutput(_ByName):
+class TransformerOutput(_Output):
     """last_hidden_state [B, T, C] after the final norm; hidden_states, where asked for, the input of every layer too."""
 
     last_hidden_state: Tensor
@@ -26,7 +31,7 @@ class TransformerOutput(_ByName):
 
 
 @dataclass
-class DecoderOutput(_ByName):
+class DecoderOutput(_Output):
     """logits [B, T', K*V] of the audio head at the kept positions; losses are scalars, codebook_loss is [K]."""
 
     loss: Tensor | None = None

@@ -66,13 +66,13 @@ def batch_loss(model: DualFFNDecoder, batch: BatchFeature) -> LossSums:
     """Forward pass and loss sums of a labelled batch from the processor."""
     hidden = model.model(
         input_ids=batch["input_ids"],
-        audio_input_ids=batch["audio_input_ids"],
+        audio_input_ids=batch.get("audio_input_ids"),
         attention_mask=batch["attention_mask"],
-        audio_input_ids_mask=batch["audio_input_ids_mask"],
+        audio_input_ids_mask=batch.get("audio_input_ids_mask"),
     ).last_hidden_state
     placeholders = model.model.audio_placeholders(batch["input_ids"])
     return decoder_loss(
-        model, hidden, placeholders, batch["labels"], batch["audio_labels"], batch["audio_input_ids_mask"]
+        model, hidden, placeholders, batch["labels"], batch.get("audio_labels"), batch.get("audio_input_ids_mask")
     )
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from higgs.api import HiggsAudioV2ForConditionalGeneration
-from higgs.chat import ChatTokens
+from higgs.chat import ChatBuilder, ChatTokens
 from higgs.checkpoint.io import load_codec, pick_device, save_codec
+from higgs.checkpoint.meta import on_meta
 from higgs.codec import Codec
 from higgs.data.coded import audio_items, code_samples, endless_batches, load_clips
 from higgs.data.manifest import Sample, read_manifest, texts_of
@@ -56,6 +57,7 @@ class TrainConfig:
     log_every: int = 10
     optim: OptimConfig = field(default_factory=OptimConfig)
     codec_warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
     codec: Any = None
     model: Any = None
     tokenizer: Any = None
@@ -69,6 +71,7 @@ class Parts:
     codec: Callable[[], Codec]
     tokenizer: Callable[..., TextTokenizer]
     model: Callable[[dict[str, Any]], HiggsAudioV2ForConditionalGeneration]
+    chat: ChatBuilder = field(default_factory=ChatBuilder)
 
 
 @dataclass
@@ -82,9 +85,8 @@ class Match:
     stopped: bool
 
 
-def token_ids(tokenizer: TextTokenizer, codec: Codec, tokens: ChatTokens | None = None) -> dict[str, int]:
+def token_ids(tokenizer: TextTokenizer, codec: Codec, tokens: ChatTokens) -> dict[str, int]:
     """The fields of the decoder's config that the tokenizer and the codec decide."""
-    tokens = tokens or ChatTokens()
     size = codec.config.codebook_size
     return {
         "vocab_size": tokenizer.vocab_size,
@@ -113,13 +115,28 @@ def train(config: TrainConfig, parts: Parts) -> list[Match]:
     tokenizer = parts.tokenizer(texts=texts_of(samples))
     run.mkdir(parents=True, exist_ok=True)
 
-    codec, clips = prepare_codec(config, parts, samples)
-    size = codec.config.codebook_size
+    if not audio_items(samples):
+        raise UserError(f"{config.data.train} holds no audio, so there is nothing to train on.")
+    codec = parts.codec() if config.codec_path is None else load_codec(config.codec_path)
+    tokens = parts.chat.tokens
+    ids = token_ids(tokenizer, codec, tokens)
+    with on_meta():
+        parts.model(ids)  # a config that does not fit is reported before the codec takes its minutes
+    clips = load_clips(samples, codec.sample_rate)
+    if config.codec_path is None:
+        prepare_codec(config, codec, clips)
     processor = HiggsAudioV2Processor(
-        tokenizer=tokenizer, audio_tokenizer=codec, audio_stream_bos_id=size, audio_stream_eos_id=size + 1
+        tokenizer=tokenizer,
+        audio_tokenizer=codec,
+        audio_token=tokens.audio,
+        audio_bos_token=tokens.audio_bos,
+        audio_eos_token=tokens.audio_eos,
+        audio_delay_token=tokens.delay,
+        audio_stream_bos_id=ids["audio_stream_bos_id"],
+        audio_stream_eos_id=ids["audio_stream_eos_id"],
     )
     coded = code_samples(processor, samples, clips)
-    model = parts.model(token_ids(tokenizer, codec)).to(device)
+    model = parts.model(ids).to(device)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"decoder: {count:.1f} M parameters; {len(samples)} samples from {config.data.train}")
     batches = endless_batches(processor, coded, config.data.batch_size, config.seed)
@@ -130,21 +147,14 @@ def train(config: TrainConfig, parts: Parts) -> list[Match]:
     processor.save_pretrained(run / "export")
     write_jsonl(run / "prompts.jsonl", [{"id": p.id, "messages": p.messages} for p in prompts])
     print(f"checkpoint: {run / 'export'}; now each sample from its text, as infer.py does it")
-    matches = reproduce(run, coded)
+    matches = reproduce(run, coded, config.generation)
     print_matches(matches, time.perf_counter() - started)
     write_jsonl(run / "matches.jsonl", [asdict(match) for match in matches])
     return matches
 
 
-def prepare_codec(config: TrainConfig, parts: Parts, samples: Sequence[Sample]) -> tuple[Codec, list[Tensor]]:
-    """A codec that is loaded or warmed up on the samples' clips, and those clips at its sample rate."""
-    if not audio_items(samples):
-        raise UserError(f"{config.data.train} holds no audio, so there is nothing to train on.")
-    if config.codec_path is not None:
-        codec = load_codec(config.codec_path)
-        return codec, load_clips(samples, codec.sample_rate)
-    codec = parts.codec()
-    clips = load_clips(samples, codec.sample_rate)
+def prepare_codec(config: TrainConfig, codec: Codec, clips: Sequence[Tensor]) -> None:
+    """Warms a fresh codec up on the samples' clips and keeps it in the run's folder."""
     settings = config.codec_warmup
     bar = tqdm(total=settings.autoencoder_steps + settings.decoder_steps, desc="codec", file=sys.stderr)
 
@@ -152,11 +162,10 @@ def prepare_codec(config: TrainConfig, parts: Parts, samples: Sequence[Sample]) 
         bar.set_postfix_str(f"{phase}, mel distance {loss:.3f}")
         bar.update(1)
 
-    result = warm_up(codec, clips, settings, torch.Generator().manual_seed(config.seed), report)
-    bar.close()
+    with bar:
+        result = warm_up(codec, clips, settings, torch.Generator().manual_seed(config.seed), report)
     print(f"codec: {result.codes_used} of {result.codes_possible} codes in use, mel distance {result.mel_distance:.3f}")
     save_codec(codec, Path(config.run_dir) / "codec")  # codec_path=RUN/codec saves the minutes next time
-    return codec, clips
 
 
 def fit(config: TrainConfig, model: HiggsAudioV2ForConditionalGeneration, batches: Any, run: Path) -> None:
@@ -185,8 +194,8 @@ def fit(config: TrainConfig, model: HiggsAudioV2ForConditionalGeneration, batche
     save_curves(run / "loss.png", {"train": (steps, losses)}, "step")
 
 
-def reproduce(run: Path, coded: Sequence[Sample]) -> list[Match]:
-    """Asks the exported checkpoint for every sample, greedily, through the function behind infer.py."""
+def reproduce(run: Path, coded: Sequence[Sample], generation: GenerationOptions) -> list[Match]:
+    """Asks the exported checkpoint for every sample, through the function behind infer.py."""
     spoken = infer(
         InferConfig(
             checkpoint=str(run / "export"),
@@ -195,7 +204,7 @@ def reproduce(run: Path, coded: Sequence[Sample]) -> list[Match]:
             plot=True,
             batch_size=16,
             device="cpu",
-            generation=GenerationOptions(do_sample=False),
+            generation=generation,
         )
     )
     matches = []
