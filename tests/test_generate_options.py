@@ -210,7 +210,7 @@ def test_mistakes_are_named(options: dict, said: str):
 @pytest.mark.parametrize("open_audio", [True, False])
 def test_without_a_cache_the_same_comes_out(open_audio: bool) -> None:
     model = make_ours(use_text_head=True)
-    batch = make_batch(model.config, [[5, 6], [7]], open_audio=open_audio)
+    batch = make_batch(model.config, [[5, 6, 4], [7]], open_audio=open_audio)
     how = {"max_new_tokens": 20, "do_sample": True, "seed": 3, "return_dict_in_generate": True}
     cached, plain = (model.generate(**batch, **how, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.audio_sequences, plain.audio_sequences)
@@ -221,7 +221,7 @@ def test_without_a_cache_the_same_comes_out(open_audio: bool) -> None:
 
 def test_own_end_tokens_stop_the_text() -> None:
     model = make_ours(use_text_head=True)
-    batch = make_batch(model.config, [[5, 6]], open_audio=False)
+    batch = make_batch(model.config, [[5, 6, 4]], open_audio=False)
     start, how = batch["input_ids"].shape[1], {"max_new_tokens": 12, "return_dict_in_generate": True}
     first = int(model.generate(**batch, **how).sequences[0, start])
     assert first not in model.config.eos_token_ids

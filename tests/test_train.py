@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from hydra import compose, initialize_config_dir
 
@@ -86,7 +88,9 @@ def test_infer_py_says_it_again(finished: tuple[Path, list[Match]], tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for path in sorted((run / "samples").glob("*.wav")):
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        again, first = (soundfile.read(folder / path.name)[0] for folder in (tmp_path / "out", path.parent))
+        # Another process may sum in another order (it has more threads): the last bit of a sample.
+        np.testing.assert_allclose(again, first, atol=2 / 2**15)
 
 
 def test_transformers_loads_the_export(finished: tuple[Path, list[Match]], manifest: Path) -> None:
