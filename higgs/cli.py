@@ -125,7 +125,7 @@ def run(main: Callable[[], Any], config_name: str, free_text: set[str] | None = 
     """Runs a Hydra main: a user's mistake is one sentence on standard error and exit status 2, without a traceback."""
     sys.argv[1:] = quote_free_text(sys.argv[1:], free_text or set())
     try:
-        if not any(argument in ("--help", "-h", "--hydra-help", "--multirun", "-m") for argument in sys.argv[1:]):
+        if not any(argument.startswith("-") for argument in sys.argv[1:]):  # a flag (--help, --cfg job) is Hydra's own
             check_overrides(config_name, sys.argv[1:])
         with warnings.catch_warnings():
             warnings.showwarning = show_warning

@@ -27,9 +27,10 @@ def resolve_folder(path: str | Path) -> Path:
             snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.pth"])
         )
     except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"There is no folder {path} here, and the hub did not give a repository of that name "
-            f"({type(error).__name__}: {error}). Give the path of a downloaded checkpoint folder."
+            f"There is no folder {path} here, and the hub did not give a repository of that name ({reason}). Give the path "
+            "of a downloaded checkpoint folder."
         ) from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from higgs import GenerationConfig
-from higgs.generation import choose, decode_one_frame, generate, prefill
+from higgs.generation import choose, decode_one_frame, generate, prefill, skinny
 from higgs.generation.generator import row_seeds
 from higgs.generation.skinny import MAX_ROWS, SkinnyDecoder
 from higgs.generation.state import initial_state
@@ -55,6 +55,13 @@ def test_sixteen_rows_and_a_prompt_without_audio():
     batch = make_batch(model.config, [[3 + row] for row in range(MAX_ROWS)], open_audio=True)
     assert SkinnyDecoder.serves(model, MAX_ROWS)
     check_against_reference(model, batch, replace(SETTINGS["sampling"], max_new_tokens=10))
+
+
+def test_a_few_rows_without_onednn(monkeypatch):
+    """Where PyTorch has no packed products the plain ones serve."""
+    monkeypatch.setattr(skinny, "pack", lambda weight, rows: None)
+    model = make_ours(seed=2, num_codebooks=4, attention_bias=True, mlp_bias=True, **CODES)
+    check_against_reference(model, make_batch(model.config, PROMPTS, open_audio=True), SETTINGS["sampling"])
 
 
 def test_half_precision_runs_on_the_general_path():

@@ -8,6 +8,9 @@ from decoder_cases import make_batch, make_ours, tame_eos
 from generation_cases import CODES, PROMPTS, SETTINGS, check_against_reference
 
 from higgs import GenerationConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, UserError
+from higgs.generation import choose, prefill
+from higgs.generation.state import initial_state
+from higgs.model import StaticKVCache
 
 
 def scripted_model() -> HiggsAudioV2ForConditionalGeneration:
@@ -113,3 +116,19 @@ def test_text_needs_a_text_head():
     model = make_ours()
     with pytest.raises(UserError, match="use_text_head=True"):
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=2)
+
+
+def test_a_row_that_writes_text_keeps_its_window():
+    """What is drawn for it beside the text is no frame; counting it would redraw codes that were never said."""
+    model = make_ours(seed=6, use_text_head=True, num_codebooks=3, **CODES)
+    batch = make_batch(model.config, [[4, 5, 3], [4, 5, 3]])
+    ids = batch["input_ids"]
+    ids[1, -1] = model.config.audio_bos_token_id
+    state = initial_state(model.config, **batch, seeds=torch.zeros(2, dtype=torch.long), window=4)
+    assert state.speaking.tolist() == [False, True]
+    hidden = prefill(model, StaticKVCache(model.config, 2, 64), **batch)
+    how = replace(SETTINGS["greedy"], ras_win_len=4, ras_win_max_num_repeat=2)
+    after = choose(model.config, model.audio_logits(hidden), state, 0, how, model.text_lm_head(hidden)).state
+    assert torch.equal(after.window[0], state.window[0])
+    assert torch.equal(after.window[1, :-1], state.window[1, 1:])
+    assert torch.equal(after.window[1, -1], after.frame[1])

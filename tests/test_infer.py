@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from infer_cases import PROJECT, Runner, make_checkpoint
 from omegaconf import OmegaConf
+from tiny import build_hf_codec
 
 from higgs import HiggsAudioV2ForConditionalGeneration, HiggsAudioV2Processor
+from higgs.checkpoint.io import load_codec
 from higgs.cli import CONFIGS, QUOTED, quote_free_text, to_dataclass
 from higgs.data.manifest import Sample
 from higgs.inference import InferConfig, speak
@@ -196,6 +198,29 @@ def test_references_from_the_command_line(infer, clip_files, text: str):
         )
         results[name] = infer.files()[f"{name}.wav"]
     assert len(set(results.values())) == 4, "a reference changes what is said"
+
+
+def test_hydras_own_flags_work(infer):
+    assert "generation:" in infer.good("--cfg", "job").out
+    assert "checkpoint" in infer.good("--help").out
+    assert infer.files() == {}
+
+
+@pytest.mark.parametrize("codebooks", [1, 4])
+def test_another_number_of_codebooks(infer, processor, tmp_path_factory, codebooks: int):
+    """All the way, with fewer codes as well."""
+    size = 256
+    codec = tmp_path_factory.mktemp("codec")
+    build_hf_codec(codebooks, size).save_pretrained(codec)
+    other = HiggsAudioV2Processor(
+        tokenizer=processor.tokenizer, audio_tokenizer=load_codec(codec), audio_stream_bos_id=size,
+        audio_stream_eos_id=size + 1,
+    )  # fmt: skip
+    folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), other)
+    how = (f"text={TEXT}", "output=a.wav", "plot=true", "generation.max_new_tokens=20", "dtype=bfloat16")
+    outcome = infer(*how, checkpoint=folder)
+    assert outcome.status == 0, outcome.error
+    assert len(read("a.wav")) and Path("a.png").is_file()
 
 
 def test_the_conversation_that_text_and_references_describe():

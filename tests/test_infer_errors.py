@@ -97,6 +97,16 @@ def test_no_checkpoint_is_named(infer):
     refused(infer, "There is no checkpoint folder at /no/where", TEXT, checkpoint="/no/where")
 
 
+def test_a_hub_id_that_the_hub_does_not_give(infer, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to the hub\nTry again later.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    refused(infer, "the hub did not give a repository of that name (ConnectionError: no route", TEXT, checkpoint="a/b")
+
+
 def test_an_output_that_cannot_be_written(infer):
     Path("file").write_text("")
     refused(infer, "file", TEXT, "output=file/a.wav")

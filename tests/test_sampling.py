@@ -44,6 +44,17 @@ def test_uniform_numbers_are_uniform_and_independent():
     assert torch.equal(uniform((3, 5), seeds[:3], 9, 1), uniform((3, 5), seeds[:3], torch.tensor(9), 1))
 
 
+def test_no_two_draws_share_their_numbers():
+    """Over neighbouring seeds, steps and streams (codes, codes drawn again, text)."""
+    drawn = {
+        tuple(uniform((1, 4), torch.tensor([seed]), step, stream)[0].tolist())
+        for seed in range(4)
+        for step in range(6)
+        for stream in range(3)
+    }
+    assert len(drawn) == 4 * 6 * 3
+
+
 def test_draws_follow_the_softmax():
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -float("inf"), 3.0, 1.5])
     rows, steps = 400, 50

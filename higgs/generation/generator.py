@@ -156,7 +156,10 @@ def choose(
         for end in stops:
             turn_over = turn_over | (text == end)
         finished = state.finished | torch.where(speaking, done, turn_over)
-    window = torch.cat((state.window[:, 1:], codes[:, None]), dim=1)
+    window = state.window
+    if how.ras_win_len is not None:
+        shifted = torch.cat((window[:, 1:], codes[:, None]), dim=1)
+        window = torch.where(speaking[:, None, None], shifted, window)
     return Choice(
         replace(
             state,
@@ -168,7 +171,7 @@ def choose(
             audio_step=torch.where(speaking, state.audio_step + 1, 0),
             delay_step=torch.where(speaking, state.delay_step + (token == c.audio_delay_token_id), 0),
             finished=finished,
-            window=torch.where(speaking[:, None, None], window, state.window),
+            window=window,
         ),
         scores,
         logits,

@@ -1,15 +1,17 @@
 """Decoding a few rows on a CPU, where a step is one pass over the weights and the layout of each product decides.
 
 PyTorch's `linear` multiplies a few rows `x` [B, in] by `W` [out, in] through a kernel made for many rows. Measured on a
-two-core x86 machine (bench/decode.py): for one row, `x @ W.T` with `W.T` contiguous runs 2 to 3 times faster; for 2 to
-16 rows, `(W @ x.T).T` does. So for one row the weights that audio uses are copied once per call of `generate`, queries,
-keys and values joined, gate and up joined; for a few rows they are used in place. The arithmetic is that of
+two-core x86 machine (EXPERIMENTS.md): for one row `x @ W.T` with `W.T` contiguous runs 2 to 3 times faster; for 2 to 16
+rows oneDNN with weights packed beforehand does. So the weights that audio uses are copied once per call of `generate`,
+in the better layout, with queries, keys and values joined and gate and up joined. The arithmetic is that of
 `higgs.model.dual_ffn` for audio rows, and the tests hold the two equal.
 
 Shapes: B batch, C hidden size, H heads, G key-value heads, D head dim, W cache window, K codebooks.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,58 +21,81 @@ from higgs.model.attention import additive
 from higgs.model.cache import StaticKVCache
 from higgs.model.decoder import DualFFNDecoder
 from higgs.model.dual_ffn import DualFFNLayer
-from higgs.model.layers import rotate
+from higgs.model.layers import RMSNorm
 
 MAX_ROWS = 16
-# A copy for one row doubles the memory of the audio path; past this size memory is worth more than speed.
+# The copy doubles the memory of the audio path; past this size memory is worth more than speed.
 MAX_COPY_BYTES = 2 * 2**30
 
 
 class SkinnyLinear:
-    """Several linear layers of one input as one product for few rows: [B, in] -> [B, sum of outs]."""
+    """Several linear layers of one input as one product for `rows` rows: [rows, in] -> [rows, sum of outs]."""
 
-    def __init__(self, *layers: nn.Linear, copy: bool) -> None:
-        self.layers = layers
-        self.transposed = torch.cat([layer.weight for layer in layers]).t().contiguous() if copy else None
-        biases = [layer.bias for layer in layers]
-        self.bias = None if biases[0] is None else torch.cat(biases)
+    def __init__(self, *layers: nn.Linear, rows: int) -> None:
+        weight = torch.cat([layer.weight for layer in layers])
+        self.packed = pack(weight, rows) if rows > 1 else None
+        self.transposed = weight.t().contiguous() if self.packed is None else None
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.transposed is not None:
-            out = x @ self.transposed
-        else:
-            columns = [layer.weight @ x.t() for layer in self.layers]
-            out = (columns[0] if len(columns) == 1 else torch.cat(columns)).t()
-        return out if self.bias is None else out + self.bias
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return x @ self.transposed if self.bias is None else torch.addmm(self.bias, x, self.transposed)
+
+
+def skinny_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    """RMSNorm of a few rows: the sum of squares as one operation, and in-place work on what is one number a row."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean_square = length.mul_(length).mul_(1 / x.shape[-1]).add_(norm.eps)
+    return (x * mean_square.rsqrt_()).mul_(norm.weight)
+
+
+def pack(weight: Tensor, rows: int) -> Tensor | None:
+    """A weight [out, in] in oneDNN's layout for products with `rows` rows; None where PyTorch has no oneDNN.
+
+    The operator is the one that PyTorch's own compiler emits for frozen weights; it has no public name.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 class _SkinnyLayer:
     """The audio path of one `DualFFNLayer`."""
 
-    def __init__(self, layer: DualFFNLayer, copy: bool) -> None:
+    def __init__(self, layer: DualFFNLayer, rows: int) -> None:
         attention, mlp = layer.self_attn, layer.audio_mlp
         self.norm, self.norm2 = layer.audio_input_layernorm, layer.audio_post_attention_layernorm
-        self.qkv = SkinnyLinear(attention.q_proj, attention.k_proj, attention.v_proj, copy=copy)
-        self.out = SkinnyLinear(attention.o_proj, copy=copy)
-        self.gate_up = SkinnyLinear(mlp.gate_proj, mlp.up_proj, copy=copy)
-        self.down = SkinnyLinear(mlp.down_proj, copy=copy)
+        self.qkv = SkinnyLinear(attention.q_proj, attention.k_proj, attention.v_proj, rows=rows)
+        self.out = SkinnyLinear(attention.o_proj, rows=rows)
+        self.gate_up = SkinnyLinear(mlp.gate_proj, mlp.up_proj, rows=rows)
+        self.down = SkinnyLinear(mlp.down_proj, rows=rows)
         self.activation = mlp.activation
         self.index, self.head_dim = attention.layer, attention.head_dim
 
-    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: StaticKVCache) -> Tensor:
+    def __call__(self, x: Tensor, step: _Step, cache: StaticKVCache) -> Tensor:
         """[B, C] -> [B, C]."""
-        groups = cache.keys.shape[2]
-        heads = self.qkv(self.norm(x)).unflatten(-1, (-1, self.head_dim))[:, :, None]  # [B, H+2G, 1, D]
-        values = heads[:, -groups:]
-        turned = rotate(heads[:, :-groups], *rotary)
-        query, key = turned[:, :-groups], turned[:, -groups:]
-        keys, values = cache.write(self.index, key, values)
-        query = query.reshape(x.shape[0], groups, -1, self.head_dim)  # the queries of each key, [B, G, H/G, D]
-        scores = (query * self.head_dim**-0.5) @ keys.transpose(-1, -2) + mask
-        mixed = (scores.softmax(dim=-1) @ values).reshape(x.shape[0], -1)
+        batch, groups, dim = x.shape[0], cache.keys.shape[2], self.head_dim
+        heads = self.qkv(skinny_norm(x, self.norm)).view(batch, -1, dim)  # [B, H+2G, D]
+        turned = torch.addcmul(heads * step.cos, heads.roll(dim // 2, dims=-1), step.signed_sin)
+        keys, values = cache.write(self.index, turned[:, -2 * groups : -groups, None], heads[:, -groups:, None])
+        # The queries of each key, [B*G, H/G, D].
+        query = turned[:, : -2 * groups].reshape(batch * groups, -1, dim)
+        scores = torch.baddbmm(step.mask, query, keys.flatten(0, 1).transpose(1, 2), alpha=dim**-0.5)
+        mixed = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).view(batch, -1)
         x = x + self.out(mixed)
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(skinny_norm(x, self.norm2)).chunk(2, dim=-1)
         return x + self.down(self.activation(gate) * up)
+
+
+@dataclass
+class _Step:
+    """What all layers of one step share: rotary factors [B, 1, D], the sine negated for the half that moves down, and
+    the additive mask [B*G, 1, W]."""
+
+    cos: Tensor
+    signed_sin: Tensor
+    mask: Tensor
 
 
 class SkinnyDecoder:
@@ -79,9 +104,10 @@ class SkinnyDecoder:
     def __init__(self, model: DualFFNDecoder, batch: int) -> None:
         self.model = model.model
         self.config = model.config
-        copy = batch == 1
-        self.layers = [_SkinnyLayer(layer, copy) for layer in self.model.layers]
-        self.head = SkinnyLinear(model.audio_lm_head, copy=copy)
+        self.layers = [_SkinnyLayer(layer, batch) for layer in self.model.layers]
+        self.head = SkinnyLinear(model.audio_lm_head, rows=batch)
+        half = torch.ones(self.config.head_dim // 2)
+        self.sign = torch.cat((-half, half))
 
     @staticmethod
     def serves(model: DualFFNDecoder, batch: int) -> bool:
@@ -91,17 +117,18 @@ class SkinnyDecoder:
         layer = model.model.layers[0]
         weights = (*layer.self_attn.parameters(), *layer.audio_mlp.parameters())
         size = 4 * (len(model.model.layers) * sum(p.numel() for p in weights) + model.audio_lm_head.weight.numel())
-        return batch > 1 or size <= MAX_COPY_BYTES
+        return size <= MAX_COPY_BYTES
 
     def decode_one_frame(self, cache: StaticKVCache, state: DecodeState) -> Tensor:
         """Feeds each row's last frame and returns its hidden state [B, C]."""
         x = self.model.embed_audio_tokens(state.frame)
-        rotary = self.model.rotary_emb(state.position[:, None], like=x)
-        mask = additive(cache.begin(1), x.dtype)
+        cos, sin = (factor[:, 0] for factor in self.model.rotary_emb(state.position[:, None], like=x))
+        mask = additive(cache.begin(1), x.dtype)[:, 0].repeat_interleave(self.config.num_key_value_heads, dim=0)
+        step = _Step(cos, sin * self.sign, mask)
         for layer in self.layers:
-            x = layer(x, rotary, mask, cache)
+            x = layer(x, step, cache)
         cache.end()
-        return self.model.norm(x)
+        return skinny_norm(x, self.model.norm)
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         """[B, C] -> [B, K, V]."""
