@@ -113,8 +113,6 @@ def train(config: TrainConfig, parts: Parts) -> list[Match]:
     samples = read_manifest(config.data.train)
     prompts = [Sample(sample.id, sample.prompt()) for sample in samples]
     tokenizer = parts.tokenizer(texts=texts_of(samples))
-    run.mkdir(parents=True, exist_ok=True)
-
     if not audio_items(samples):
         raise UserError(f"{config.data.train} holds no audio, so there is nothing to train on.")
     codec = parts.codec() if config.codec_path is None else load_codec(config.codec_path)
@@ -123,6 +121,7 @@ def train(config: TrainConfig, parts: Parts) -> list[Match]:
     with on_meta():
         parts.model(ids)  # a config that does not fit is reported before the codec takes its minutes
     clips = load_clips(samples, codec.sample_rate)
+    run.mkdir(parents=True, exist_ok=True)
     if config.codec_path is None:
         prepare_codec(config, codec, clips)
     processor = HiggsAudioV2Processor(
