@@ -231,6 +231,14 @@ class HiggsAudioV2Processor:
             for chat in chats
             for slot in chat.audio
         ]
+        places = [slot.message for chat in chats for slot in chat.audio]
+        least = self.audio_tokenizer.minimum_samples
+        for clip, message in zip(clips, places, strict=True):
+            if clip.is_floating_point() and len(clip) < least:
+                raise UserError(
+                    f"Audio in message {message} lasts {1000 * len(clip) / rate:.1f} ms; the codec needs at least "
+                    f"{1000 * least / rate:.1f} ms. Leave it out or pad it with silence."
+                )
         coded = iter(self.encode_audio([clip for clip in clips if clip.is_floating_point()]))
         return [next(coded) if clip.is_floating_point() else self._check_codes(clip) for clip in clips]
 

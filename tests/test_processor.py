@@ -230,3 +230,14 @@ def test_parts_that_do_not_fit_are_named(processor):
         HiggsAudioV2Processor(tokenizer=processor.tokenizer)
     with pytest.raises(UserError, match="feature_size"):
         AudioFeatureExtractor(feature_size=2)
+
+
+def test_a_clip_too_short_to_code_is_named_with_its_message(processor) -> None:
+    conversation = [
+        {"role": "system", "content": "Speak."},
+        {"role": "user", "content": "One."},
+        {"role": "assistant", "content": [{"type": "audio", "array": [0.1] * 60}]},
+        {"role": "user", "content": "Two."},
+    ]
+    with pytest.raises(UserError, match=r"message 2 lasts 2\.5 ms"):
+        processor.apply_chat_template(conversation, tokenize=True)
