@@ -229,7 +229,7 @@ BAD_AUDIO: dict[str, tuple[str, Callable[[str], object]]] = {
     "infinite": ("voice.wav", infinite),
     "a folder": ("is a folder", lambda name: Path(name).mkdir()),
     "missing": ("does not exist", lambda name: None),
-    "too short": ("message 1 lasts 1.7 ms", lambda name: wave(name, np.full(40, 0.1))),
+    "too short": ("lasts 1.7 ms", lambda name: wave(name, np.full(40, 0.1))),
 }
 
 
