@@ -70,6 +70,19 @@ def causal_mask(attention_mask: Tensor) -> Tensor:
     return attention_mask[:, None, None, :].bool() & (columns <= columns[:, None])
 
 
+def packed_mask(position_ids: Tensor) -> Tensor:
+    """Causal attention inside each piece of rows that hold several: positions [B, T] -> [B, 1, T, T], True = may look.
+
+    A piece starts wherever the position is not its neighbour's successor, so pieces that each count from 0 never see
+    one another (as in the reference).
+    """
+    starts = torch.zeros_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    piece = starts.cumsum(dim=1)
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return (piece[:, None, None, :] == piece[:, None, :, None]) & (columns <= columns[:, None])
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as what is added to attention scores, made once for all layers: 0 where True, -inf elsewhere."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from higgs.errors import UserError
-from higgs.model.attention import additive, causal_mask
+from higgs.model.attention import additive, causal_mask, packed_mask
 from higgs.model.cache import StaticKVCache
 from higgs.model.config import HiggsAudioV2Config
 from higgs.model.dual_ffn import DualFFNLayer, Routing
@@ -175,7 +175,8 @@ class DualFFNTransformer(nn.Module):
         """Text ids [B, T] with placeholders, and the audio frames that take their places [B, F, K].
 
         `attention_mask` [B, T] (with a cache [B, past + T]) is 1 at real tokens, `audio_input_ids_mask` [B, F] is True
-        at valid frames, `position_ids` [B, T] default to the column numbers. A cache, given as `past_key_values` or
+        at valid frames, `position_ids` [B, T] default to the column numbers; given without `attention_mask` and cache, a
+        restart begins a new piece, which attends to itself alone (packing). A cache, given as `past_key_values` or
         made with `use_cache=True`, is filled and returned. `return_dict=False` gives a tuple.
         """
         if output_attentions:
@@ -189,12 +190,15 @@ class DualFFNTransformer(nn.Module):
             past_key_values = StaticKVCache(self.config, batch, room, x.device, x.dtype)
         cache = past_key_values
         past = 0 if cache is None else cache.length
-        if position_ids is None:
-            position_ids = torch.arange(past, past + new, device=x.device)[None]
+        mask = None
         if cache is not None:
             mask = cache.begin(new, attention_mask)
-        else:
-            mask = None if attention_mask is None else causal_mask(attention_mask)
+        elif attention_mask is not None:
+            mask = causal_mask(attention_mask)
+        elif position_ids is not None:
+            mask = packed_mask(position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + new, device=x.device)[None]
         states: list[Tensor] | None = [] if output_hidden_states else None
         x = self.transform(x, routing, position_ids, mask, cache, states)
         if cache is not None:
