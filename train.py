@@ -1,10 +1,15 @@
-"""Training: python train.py +experiment=overfit  (see configs/train.yaml and configs/experiment/)"""
+"""Training: python train.py +experiment=overfit  (see configs/train.yaml and configs/experiment/)
+
+Several processes: torchrun --nproc-per-node 8 train.py +experiment=base_3b data.train=… codec_path=…
+"""
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from higgs import cli
-from higgs.train.run import Parts, TrainConfig, train
+from higgs.train.prepare import Parts
+from higgs.train.run import TrainConfig, train
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
@@ -16,10 +21,11 @@ def main(config: DictConfig) -> None:
             model=lambda ids: cli.build(config.model, config=ids),
             chat=cli.build(config.chat),
         )
-        train(cli.to_dataclass(TrainConfig, config), parts)
+        config.run_dir = cli.sweep_folder(config.run_dir)
+        train(cli.to_dataclass(TrainConfig, config), parts, HydraConfig.get().overrides.task)
     except cli.UserError as error:  # before Hydra wraps it in a traceback
         cli.fail(error)
 
 
 if __name__ == "__main__":
-    cli.run(main, "train", free_text={"run_dir", "data.train", "codec_path"})
+    cli.run(main, "train", free_text={"run_dir", "data.train", "data.valid", "codec_path", "init_from", "resume"})

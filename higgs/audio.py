@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,47 @@ class Waveform:
     sample_rate: int
 
 
+@dataclass(frozen=True)
+class SoundInfo:
+    """What a sound file says about itself: samples per channel, and its rate in Hz."""
+
+    samples: int
+    sample_rate: int
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.sample_rate
+
+
+def sound_info(path: str | os.PathLike) -> SoundInfo:
+    """Length and rate of a sound file, from its header. UserError where it cannot be read or holds nothing."""
+    name = _name_of(path)
+    try:
+        info = soundfile.info(_existing_file(path, name))
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise _unreadable(name, error) from error
+    if info.frames < 1:
+        raise UserError(f"{name} holds no samples; give a clip with sound in it.")
+    return SoundInfo(info.frames, info.samplerate)
+
+
+def load_part(path: str | os.PathLike, sample_rate: int, start: float, duration: float) -> Tensor:
+    """Part of a sound file as mono float32 [L] at `sample_rate` Hz; `start` and `duration` in seconds.
+
+    Only that part is read, and clipping is not reported. The result is shorter where the file ends before, and an error
+    where nothing is left. UserError as in `load_audio`.
+    """
+    name = _name_of(path)
+    try:
+        with soundfile.SoundFile(_existing_file(path, name)) as file:
+            rate = file.samplerate
+            file.seek(min(round(start * rate), file.frames))
+            samples = file.read(math.ceil(duration * rate), dtype="float32", always_2d=True)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise _unreadable(name, error) from error
+    return resample(_mono(torch.from_numpy(samples).T, name), rate, sample_rate)
+
+
 def load_audio(
     source: AudioSource, sample_rate: int | None = None, *, sampling_rate_of_array: int | None = None
 ) -> Tensor:
@@ -74,17 +116,23 @@ def read_audio(source: AudioSource, *, sampling_rate_of_array: int | None = None
         channels, rate = _channels_of_array(source, name), sampling_rate_of_array
     else:
         channels, rate = _decode_file(source, name)
-    if not channels.numel():
-        raise UserError(f"{name} holds no samples; give a clip with sound in it.")
-    broken = int((~channels.isfinite()).sum())
-    if broken:
-        raise UserError(f"{name} holds {broken} samples that are NaN or infinite; repair or re-export the clip.")
+    mono = _mono(channels, name)
     share = float((channels.abs() >= FULL_SCALE).float().mean())
     if share > CLIPPED_SHARE:
         warnings.warn(
             f"{name} is clipped: {share:.1%} of its samples are at full scale. It is used as it is.", stacklevel=2
         )
-    return Waveform(channels.mean(dim=0), int(rate))
+    return Waveform(mono, int(rate))
+
+
+def _mono(channels: Tensor, name: str) -> Tensor:
+    """The mean [L] of channels [C, L], which must be finite."""
+    if not channels.numel():
+        raise UserError(f"{name} holds no samples; give a clip with sound in it.")
+    broken = int((~channels.isfinite()).sum())
+    if broken:
+        raise UserError(f"{name} holds {broken} samples that are NaN or infinite; repair or re-export the clip.")
+    return channels.mean(dim=0)
 
 
 def resample(waveform: Tensor, orig: int, new: int) -> Tensor:
@@ -147,9 +195,19 @@ def log_mel(
         pad_mode="reflect" if length > window // 2 else "constant",
         return_complex=True,
     ).abs()
-    filters = melscale_fbanks(window // 2 + 1, 0.0, sample_rate / 2, num_mels, sample_rate, norm="slaney")
-    mel = filters.to(spectrum).T @ spectrum
+    mel = mel_filters(num_mels, window, sample_rate).to(spectrum).T @ spectrum
     return mel.clamp_min(floor).log10().reshape(*batch, num_mels, -1)
+
+
+@lru_cache(maxsize=32)
+def mel_filters(num_mels: int, window: int, sample_rate: int) -> Tensor:
+    """Triangular mel filters [window // 2 + 1, M], each of area one, up to half of `sample_rate`. Do not change them.
+
+    Where the mels outnumber the bins at low frequencies, some filters hold no bin and are zero.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="At least one mel filterbank")
+        return melscale_fbanks(window // 2 + 1, 0.0, sample_rate / 2, num_mels, sample_rate, norm="slaney")
 
 
 def _name_of(source: AudioSource) -> str:
@@ -180,19 +238,27 @@ def _decode_file(source: str | os.PathLike | bytes, name: str) -> tuple[Tensor, 
         except binascii.Error as error:
             raise UserError(f"{name} is not valid base64 ({error}); encode the bytes of a sound file.") from error
     else:
-        if not os.path.exists(source):
-            raise UserError(f"{name} does not exist; check the path.")
-        if os.path.isdir(source):
-            raise UserError(f"{name} is a folder; give the path of one sound file.")
-        handle = os.fspath(source)
+        handle = _existing_file(source, name)
     try:
         samples, rate = soundfile.read(handle, dtype="float32", always_2d=True)
     except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(
-            f"{name} cannot be read as sound ({error}); convert it to wav, flac, ogg or mp3, "
-            "for example with `ffmpeg -i input output.wav`."
-        ) from error
+        raise _unreadable(name, error) from error
     return torch.from_numpy(samples).T, rate
+
+
+def _existing_file(path: str | os.PathLike, name: str) -> str:
+    if not os.path.exists(path):
+        raise UserError(f"{name} does not exist; check the path.")
+    if os.path.isdir(path):
+        raise UserError(f"{name} is a folder; give the path of one sound file.")
+    return os.fspath(path)
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name} cannot be read as sound ({error}); convert it to wav, flac, ogg or mp3, "
+        "for example with `ffmpeg -i input output.wav`."
+    )
 
 
 def _download(url: str) -> bytes:

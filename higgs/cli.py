@@ -1,6 +1,7 @@
 """What the entry points share: free text on the command line, strict configs, errors as one sentence."""
 
 import difflib
+import os
 import re
 import sys
 import warnings
@@ -11,7 +12,11 @@ from typing import Any, TypeVar
 import hydra
 import hydra.utils
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -42,15 +47,40 @@ def quote_free_text(arguments: list[str], keys: set[str]) -> list[str]:
 
 
 def check_overrides(config_name: str, arguments: list[str]) -> None:
-    """Composes the config once before Hydra's own start, so that a mistake is one sentence and not a page."""
+    """Composes the config once before Hydra's own start, so that a mistake is one sentence and not a page.
+
+    Of a sweep, the first value of every key is looked at.
+    """
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     try:
+        if sweeping(arguments):
+            overrides = [first_choice(one) for one in OverridesParser.create().parse_overrides(overrides)]
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             hydra.compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, config_name)) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def sweeping(arguments: list[str]) -> bool:
+    return any(argument in ("-m", "--multirun") for argument in arguments)
+
+
+def first_choice(override: Override) -> str:
+    if not override.is_sweep_override():
+        return override.input_line
+    key = override.input_line.partition("=")[0]
+    return f"{key}={next(iter(override.sweep_string_iterator()))}"
+
+
+def sweep_folder(run_dir: str) -> str:
+    """Where one run of a sweep goes: below `run_dir`, named by what it overrides. Outside a sweep, `run_dir` itself."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return run_dir
+    named = hydra_config.job.override_dirname.replace("/", "_")
+    return str(Path(run_dir) / (named or str(hydra_config.job.num)))
 
 
 def explain(error: Exception, config_name: str) -> str:
@@ -125,7 +155,13 @@ def run(main: Callable[[], Any], config_name: str, free_text: set[str] | None = 
     """Runs a Hydra main: a user's mistake is one sentence on standard error and exit status 2, without a traceback."""
     sys.argv[1:] = quote_free_text(sys.argv[1:], free_text or set())
     try:
-        if not any(argument.startswith("-") for argument in sys.argv[1:]):  # a flag (--help, --cfg job) is Hydra's own
+        flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+        if sweeping(flags) and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            raise UserError(
+                "torchrun starts the processes of one run, --multirun starts several runs: leave one of them out. To sweep "
+                "over runs of several processes, call torchrun once per setting, or use +sweep=slurm."
+            )
+        if all(flag in ("-m", "--multirun") for flag in flags):  # others (--help, --cfg job) are Hydra's own
             check_overrides(config_name, sys.argv[1:])
         with warnings.catch_warnings():
             warnings.showwarning = show_warning

@@ -6,6 +6,7 @@ Shapes: L samples, M mel bands, K codebooks, F frames.
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -49,4 +50,26 @@ def save_curves(path: str | Path, curves: Mapping[str, tuple[Sequence[float], Se
     axes.set(xlabel=xlabel, ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
+    save_figure(figure, path)
+
+
+def save_codec_trend(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Validation of a codec over its training: mel distance per bandwidth (kbit/s) above the use of each codebook.
+
+    Each entry of `history` has `step`, `mel_distance` {bandwidth: value} and `codebook_use` (a list).
+    """
+    figure = Figure(figsize=(8, 6))
+    sound, codes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
+    steps = [entry["step"] for entry in history]
+    for bandwidth in history[-1]["mel_distance"]:
+        values = [entry["mel_distance"][bandwidth] for entry in history]
+        sound.plot(steps, values, marker=".", label=f"{bandwidth} kbit/s")
+    for place in range(len(history[-1]["codebook_use"])):
+        codes.plot(steps, [entry["codebook_use"][place] for entry in history], marker=".", label=str(place))
+    sound.set(ylabel="mel distance, validation")
+    codes.set(xlabel="step", ylabel="share of codes in use", ylim=(0, 1.05))
+    sound.legend()
+    codes.legend(title="codebook", ncols=4, fontsize="small")
+    for axes in (sound, codes):
+        axes.grid(alpha=0.3)
     save_figure(figure, path)

@@ -350,7 +350,7 @@ def test_inputs_that_do_not_fit_say_why():
 
 def test_the_defaults_are_the_documented_ones():
     ours, theirs = HiggsAudioV2Config(), transformers.HiggsAudioV2Config()
-    for name, value in vars(ours).items():
+    for name, value in ours.to_dict().items():
         assert getattr(theirs, name) == value, name
     # num_key_value_heads and head_dim left out mean heads of their own, evenly wide.
     even = {"num_key_value_heads": None, "head_dim": None}

@@ -8,14 +8,44 @@ Shapes: B batch, C channels, L samples, T frames.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from higgs.codec.config import AcousticConfig
 from higgs.codec.ragged import Ragged, conv_length
 
 DILATIONS = (1, 3, 9)
+EPSILON = 1e-9  # added to α before dividing by it
+
+
+class SnakeFunction(torch.autograd.Function):
+    """Snake with its gradients by hand: half the passes over memory that autograd makes, which is what it costs.
+
+    With y = x + sin²(αx)/α: dy/dx = 1 + sin(2αx), dy/dα = (x·sin(2αx) − (y − x))/α.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
+        y = snake(x, alpha)
+        ctx.save_for_backward(x, alpha, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, alpha, y = ctx.saved_tensors
+        double = (2 * alpha * x).sin_()
+        of_x = torch.addcmul(grad, grad, double)
+        of_alpha = double.mul_(x).sub_(y).add_(x).mul_(grad).sum((0, 2), keepdim=True) / (alpha + EPSILON)
+        return of_x.to(x.dtype), of_alpha.to(alpha.dtype)
+
+
+def snake(x: Tensor, alpha: Tensor) -> Tensor:
+    # In place: the same numbers with one new tensor instead of five, half the time of the whole branch on a CPU.
+    return (alpha * x).sin_().square_().mul_((alpha + EPSILON).reciprocal()).add_(x)
 
 
 class Snake(nn.Module):
@@ -26,11 +56,9 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        inverse = (self.alpha + 1e-9).reciprocal()
         if torch.is_grad_enabled():
-            return x + inverse * torch.sin(self.alpha * x).square()
-        # The same numbers with one new tensor instead of five: half the time of the whole branch on a CPU.
-        return (self.alpha * x).sin_().square_().mul_(inverse).add_(x)
+            return SnakeFunction.apply(x, self.alpha)
+        return snake(x, self.alpha)
 
 
 class ResidualUnit(nn.Module):
@@ -134,3 +162,26 @@ def signal_path(branch: AcousticEncoder | AcousticDecoder) -> Iterator[nn.Conv1d
     for stage in branch.block:
         yield stage.conv1 if isinstance(stage, EncoderStage) else stage.conv_t1
     yield branch.conv2
+
+
+def convolutions(branch: nn.Module) -> Iterator[nn.Conv1d | nn.ConvTranspose1d]:
+    return (module for module in branch.modules() if isinstance(module, nn.Conv1d | nn.ConvTranspose1d))
+
+
+def add_weight_norm(*branches: nn.Module) -> None:
+    """Train each convolution's length and direction apart (arXiv 1602.07868); what is computed stays the same.
+
+    The norm is over all but the first dimension, as the original release stores it, of transposed convolutions too.
+    """
+    for branch in branches:
+        for conv in convolutions(branch):
+            if not is_parametrized(conv, "weight"):
+                weight_norm(conv, dim=0)
+
+
+def remove_weight_norm(*branches: nn.Module) -> None:
+    """Multiply length and direction out again."""
+    for branch in branches:
+        for conv in convolutions(branch):
+            if is_parametrized(conv, "weight"):
+                remove_parametrizations(conv, "weight")

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from higgs.audio import resample, resampled_length
 from higgs.codec.acoustic import AcousticDecoder, AcousticEncoder, signal_path
 from higgs.codec.config import HiggsAudioV2TokenizerConfig
 from higgs.codec.hubert import Hubert
-from higgs.codec.quantizer import ResidualQuantizer
+from higgs.codec.quantizer import Quantized, ResidualQuantizer
 from higgs.codec.ragged import Ragged, conv_length
 from higgs.codec.semantic import SemanticDecoder, SemanticEncoder
 from higgs.errors import UserError
@@ -52,6 +54,17 @@ class CodecOutput:
 
     audio_codes: Tensor
     audio_values: Tensor
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A training pass over clips of one length: the waveform [B, 1, L] from what `quantized` holds (None: from the
+    features before the quantizer), the `teacher`'s features and the codec's `semantic` estimate of them, [B, C, T]."""
+
+    waveform: Tensor
+    quantized: Quantized | None
+    teacher: Tensor
+    semantic: Tensor
 
 
 class Codec(nn.Module):
@@ -182,6 +195,26 @@ class Codec(nn.Module):
         waveform = self._check_waveform(input_values, lengths)
         return self._run(self._embed, waveform, CPU_GROUP_SECONDS * self.sample_rate)
 
+    def reconstruct(
+        self, input_values: Tensor, num_codebooks: int | None = None, quantize: bool = True
+    ) -> Reconstruction:
+        """The training pass: clips [B, 1, L] of one length through the first `num_codebooks` stages (None: all).
+
+        Codes and distances are computed in float32 whatever autocast asks for.
+        """
+        waveform = self._check_waveform(input_values, None)
+        teacher = self.semantic_features(waveform)
+        features, quantized = self._embed(waveform, teacher).values.transpose(1, 2), None
+        with torch.autocast(features.device.type, enabled=False):
+            if quantize:
+                quantized = self.quantizer.quantize(features.float(), num_codebooks)
+                features = quantized.features
+        sound = self.acoustic_decoder(Ragged(self.fc2(features).transpose(1, 2))).values
+        length = input_values.shape[-1]
+        sound = F.pad(sound, (0, max(0, length - sound.shape[-1])))[..., :length]
+        semantic = self.decoder_semantic(Ragged(self.fc1(features).transpose(1, 2))).values
+        return Reconstruction(sound, quantized, teacher.values[..., : semantic.shape[-1]], semantic)
+
     def _run(self, function: Callable[[Ragged], Ragged], batch: Ragged, cpu_limit: float) -> Ragged:
         if batch.values.device.type == "cpu" and not torch.is_grad_enabled():
             return batch.in_groups(function, int(cpu_limit))
@@ -191,8 +224,8 @@ class Codec(nn.Module):
         features = self.quantizer.decode(codes.values)
         return self.acoustic_decoder(Ragged(self.fc2(features).transpose(1, 2), codes.lengths))
 
-    def _embed(self, waveform: Ragged) -> Ragged:
-        semantic = self.encoder_semantic(self.semantic_features(waveform))
+    def _embed(self, waveform: Ragged, teacher: Ragged | None = None) -> Ragged:
+        semantic = self.encoder_semantic(self.semantic_features(waveform) if teacher is None else teacher)
         acoustic = self.acoustic_encoder(waveform.pad(*self._acoustic_padding(waveform.row_lengths)))
         # Both branches normally give the same number of frames; the shorter one decides where they do not.
         acoustic, semantic = acoustic.cut(semantic.row_lengths), semantic.cut(acoustic.row_lengths)
@@ -270,16 +303,11 @@ class Codec(nn.Module):
                     std = 0.02
                 else:
                     std = (2 / fan_in) ** 0.5
-                values = torch.empty_like(weight)
-                nn.init.trunc_normal_(values, std=std, a=-2 * std, b=2 * std, generator=generator)
-                if nn.utils.parametrize.is_parametrized(module):
-                    module.weight = values  # sets the magnitude and direction behind it
-                else:
-                    weight.copy_(values)
+                _draw_weight(module, std, generator)
             elif isinstance(module, nn.ConvTranspose1d):
                 # Every output sample sums kernel/stride = 2 taps of each input channel.
                 std = (module.in_channels * module.kernel_size[0] / module.stride[0]) ** -0.5
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+                _draw_weight(module, std, generator)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=self.config.initializer_range, generator=generator)
             elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d):
@@ -295,6 +323,7 @@ class Codec(nn.Module):
             stage.project_out.weight.copy_(stage.project_in.weight.T)
             codebook = stage.codebook
             codebook.assign_(torch.zeros_like(codebook.embed), torch.zeros_like(codebook.cluster_size))
+            codebook.inited.zero_()
 
     @torch.no_grad()
     def fit_codebooks(
@@ -313,3 +342,12 @@ class Codec(nn.Module):
         vectors = features.values.transpose(1, 2)
         vectors = vectors.flatten(0, 1) if valid is None else vectors[valid]
         return self.quantizer.fit(vectors, iterations, generator)
+
+
+def _draw_weight(module: nn.Conv1d | nn.ConvTranspose1d, std: float, generator: torch.Generator | None) -> None:
+    values = torch.empty_like(module.weight)
+    nn.init.trunc_normal_(values, std=std, a=-2 * std, b=2 * std, generator=generator)
+    if is_parametrized(module, "weight"):
+        module.weight = values  # sets the length and direction behind it
+    else:
+        module.weight.copy_(values)

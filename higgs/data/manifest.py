@@ -1,19 +1,25 @@
-"""Manifests: JSONL, one conversation a line, `{"id", "messages", "start_index"?}`.
+"""Manifests: JSONL, for the language model one conversation a line, for the codec one clip a line.
 
-`messages` are as the processor takes them; audio paths are relative to the manifest. The same reader serves inference.
+    {"id", "messages", "start_index"?}                       `messages` as the processor takes them; serves inference too
+    {"audio", "start"?, "duration"?, "kind"?, "id"?}         seconds of a sound file, speech, music or event
+
+Audio paths are relative to the manifest. Every error is a UserError naming the file and the line.
 """
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from higgs.chat import ChatBuilder
 from higgs.errors import UserError
 
 FIELDS = {"id", "messages", "start_index"}
+CLIP_FIELDS = {"audio", "start", "duration", "kind", "id"}
+KINDS = ("speech", "music", "event")
 
 
 @dataclass(frozen=True)
@@ -31,23 +37,49 @@ class Sample:
         return self.messages[:-1]
 
 
+@dataclass(frozen=True)
+class SoundClip:
+    """Part of a sound file: `duration` seconds from second `start` on (None: to its end)."""
+
+    id: str
+    audio: str
+    start: float = 0.0
+    duration: float | None = None
+    kind: str | None = None
+
+
+Entry = TypeVar("Entry", Sample, SoundClip)
+
+
 def read_manifest(path: str | Path) -> list[Sample]:
-    """All samples of a manifest. Every error is a UserError naming the file and the line."""
-    path = Path(path)
-    samples: list[Sample] = []
-    lines: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        sample = parse_sample(parse_json(line, where), where, path.parent)
-        if sample.id in lines:
-            raise UserError(f"{where} has the id '{sample.id}' of line {lines[sample.id]}; ids must differ.")
-        lines[sample.id] = number
-        samples.append(sample)
+    """All conversations of a manifest."""
+    samples = _read_lines(Path(path), parse_sample)
     if not samples:
         raise UserError(f"The manifest {path} holds no conversation.")
     return samples
+
+
+def read_clip_manifest(path: str | Path) -> list[SoundClip]:
+    """All clips of a manifest for the codec. A clip without an id is called by its path, and its start if it has one."""
+    clips = _read_lines(Path(path), parse_clip)
+    if not clips:
+        raise UserError(f"The manifest {path} holds no clip.")
+    return clips
+
+
+def _read_lines(path: Path, parse: Callable[[Any, str, Path], Entry]) -> list[Entry]:
+    entries: list[Entry] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # a text may hold the other line separators
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        entry = parse(parse_json(line, where), where, path.parent)
+        if entry.id in lines:
+            raise UserError(f"{where} has the id '{entry.id}' of line {lines[entry.id]}; ids must differ.")
+        lines[entry.id] = number
+        entries.append(entry)
+    return entries
 
 
 def read_text(path: Path) -> str:
@@ -70,9 +102,7 @@ def parse_sample(entry: Any, where: str, folder: Path, name: str | None = None) 
         entry = {"messages": entry}
     if not isinstance(entry, dict) or "messages" not in entry:
         raise UserError(f'{where} must be an object with "id" and "messages".')
-    unknown = sorted(set(entry) - FIELDS)
-    if unknown:
-        raise UserError(f"{where} has unknown fields: {', '.join(unknown)}; known are {', '.join(sorted(FIELDS))}.")
+    _check_fields(entry, FIELDS, where)
     if "id" not in entry and name is None:
         raise UserError(f'{where} lacks an "id".')
     try:
@@ -83,6 +113,37 @@ def parse_sample(entry: Any, where: str, folder: Path, name: str | None = None) 
     if not isinstance(start, int) or not 0 <= start <= len(entry["messages"]):
         raise UserError(f"{where}: start_index is {start!r}; it must be the number of a message.")
     return Sample(str(entry.get("id", name)), absolute_audio(entry["messages"], folder), start)
+
+
+def parse_clip(entry: Any, where: str, folder: Path) -> SoundClip:
+    """A clip from a line of a codec's manifest."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("audio"), str) or not entry["audio"]:
+        raise UserError(f'{where} must be an object with "audio", the path of a sound file.')
+    _check_fields(entry, CLIP_FIELDS, where)
+    for name in ("start", "duration"):
+        value = entry.get(name, 0)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise UserError(f"{where}: {name} is {value!r}; it must be a number of seconds, not negative.")
+    if "duration" in entry and entry["duration"] == 0:
+        raise UserError(f"{where}: duration is 0; leave it out to use the file to its end.")
+    if entry.get("kind", KINDS[0]) not in KINDS:
+        raise UserError(f"{where}: kind is {entry['kind']!r}; use one of {', '.join(KINDS)}, or leave it out.")
+    if not isinstance(entry.get("id", ""), str | int) or entry.get("id") == "":
+        raise UserError(f"{where}: id is {entry['id']!r}; it must be text.")
+    name = entry["audio"] + (f"@{entry['start']:g}" if "start" in entry else "")
+    return SoundClip(
+        str(entry.get("id", name)),
+        str(folder / entry["audio"]),
+        float(entry.get("start", 0.0)),
+        float(entry["duration"]) if "duration" in entry else None,
+        entry.get("kind"),
+    )
+
+
+def _check_fields(entry: dict[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(entry) - known)
+    if unknown:
+        raise UserError(f"{where} has unknown fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
 
 
 def absolute_audio(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from higgs.generation.state import DecodeState
+from higgs.model.ablations import DenseLayer
 from higgs.model.attention import additive
 from higgs.model.cache import StaticKVCache
 from higgs.model.decoder import DualFFNDecoder
 from higgs.model.dual_ffn import DualFFNLayer
-from higgs.model.layers import RMSNorm
+from higgs.model.layers import FeedForward, RMSNorm
 
 MAX_ROWS = 16
 # The copy doubles the memory of the audio path; past this size memory is worth more than speed.
@@ -60,12 +61,27 @@ def pack(weight: Tensor, rows: int) -> Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-class _SkinnyLayer:
-    """The audio path of one `DualFFNLayer`."""
+@dataclass(frozen=True)
+class AudioPath:
+    """What an audio token passes in one layer, besides the attention."""
 
-    def __init__(self, layer: DualFFNLayer, rows: int) -> None:
-        attention, mlp = layer.self_attn, layer.audio_mlp
-        self.norm, self.norm2 = layer.audio_input_layernorm, layer.audio_post_attention_layernorm
+    norm: RMSNorm
+    norm2: RMSNorm
+    mlp: FeedForward
+
+    @classmethod
+    def of(cls, layer: DualFFNLayer | DenseLayer) -> AudioPath:
+        if isinstance(layer, DualFFNLayer):
+            return cls(layer.audio_input_layernorm, layer.audio_post_attention_layernorm, layer.audio_mlp)
+        return cls(layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
+
+
+class _SkinnyLayer:
+    """The audio path of one layer."""
+
+    def __init__(self, layer: DualFFNLayer | DenseLayer, rows: int) -> None:
+        attention, path = layer.self_attn, AudioPath.of(layer)
+        mlp, self.norm, self.norm2 = path.mlp, path.norm, path.norm2
         self.qkv = SkinnyLinear(attention.q_proj, attention.k_proj, attention.v_proj, rows=rows)
         self.out = SkinnyLinear(attention.o_proj, rows=rows)
         self.gate_up = SkinnyLinear(mlp.gate_proj, mlp.up_proj, rows=rows)
@@ -111,11 +127,17 @@ class SkinnyDecoder:
 
     @staticmethod
     def serves(model: DualFFNDecoder, batch: int) -> bool:
-        """Whether this path applies: CPU, float32, few rows, and a copy that is not too large."""
-        if model.device.type != "cpu" or model.dtype != torch.float32 or batch > MAX_ROWS or model.training:
+        """Whether this path applies: CPU, float32, few rows, one attention a layer, and a copy that is not too large."""
+        if (
+            model.config.splits_keys
+            or model.device.type != "cpu"
+            or model.dtype != torch.float32
+            or batch > MAX_ROWS
+            or model.training
+        ):
             return False
         layer = model.model.layers[0]
-        weights = (*layer.self_attn.parameters(), *layer.audio_mlp.parameters())
+        weights = (*layer.self_attn.parameters(), *AudioPath.of(layer).mlp.parameters())
         size = 4 * (len(model.model.layers) * sum(p.numel() for p in weights) + model.audio_lm_head.weight.numel())
         return size <= MAX_COPY_BYTES
 

@@ -32,11 +32,13 @@ class StaticKVCache:
         dtype: torch.dtype = torch.float32,
         full_window: bool = False,
     ) -> None:
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (config.num_attentions, batch_size, config.num_key_value_heads, capacity, config.head_dim)
         # Zeros, not empty: a masked column is still multiplied by a weight of zero, and zero times NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.real = torch.zeros(batch_size, capacity, dtype=torch.bool, device=device)
+        # Which columns are audio, kept only where some attention asks.
+        self.audio = torch.zeros_like(self.real) if config.splits_keys else None
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.columns = torch.arange(capacity, device=device)
         self.full_window = full_window
@@ -71,8 +73,16 @@ class StaticKVCache:
         seen = self.columns[: self.window]
         return self.real[:, None, None, : self.window] & (seen <= self.new[:, None])
 
+    def mark_audio(self, audio_mask: Tensor | None) -> Tensor:
+        """Notes which of the new columns are audio, [B, T] (None: all); returns it for all that is read, [B, W]."""
+        if audio_mask is None:
+            self.audio.index_fill_(1, self.new, True)
+        else:
+            self.audio.index_copy_(1, self.new, audio_mask)
+        return self.audio[:, : self.window]
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new columns [B, H, T, D] of one layer and returns what attention reads, each [B, H, W, D]."""
+        """Stores the new columns [B, H, T, D] of one attention and returns what attention reads, each [B, H, W, D]."""
         self.keys[layer].index_copy_(2, self.new, keys)
         self.values[layer].index_copy_(2, self.new, values)
         return self.keys[layer, :, :, : self.window], self.values[layer, :, :, : self.window]

@@ -42,6 +42,10 @@ FOREIGN_KEYS = frozenset(
 )
 
 
+ABLATIONS = ("audio_ffn_layers", "audio_fast_forward", "audio_attention", "audio_embed_mean", "audio_embed_projector")
+LAYER_CHOICES = ("all", "none", "first_half", "last_half")
+
+
 @dataclass
 class HiggsAudioV2Config(ConfigFile):
     """The sizes and token ids of a DualFFN decoder; the defaults are those of the released 3B model.
@@ -50,6 +54,10 @@ class HiggsAudioV2Config(ConfigFile):
     checkpoint has 1026 (1024 codes and the two stream tokens) although the documented default says 1024.
     `num_key_value_heads` and `head_dim` may be None: then all heads have their own keys, and the width is divided
     evenly. `eos_token_id` may be a list. Raises UserError for sizes that do not fit together.
+
+    The last five fields are ablations (higgs.model.ablations); at their defaults the model is the released one, and
+    `config.json` does not mention them. `audio_ffn_layers` may be None, a list or one of `LAYER_CHOICES`, and is kept
+    as None (every layer) or a sorted list.
     """
 
     vocab_size: int = 128256
@@ -80,6 +88,13 @@ class HiggsAudioV2Config(ConfigFile):
     audio_delay_token_id: int = 128014
     audio_stream_bos_id: int = 1024
     audio_stream_eos_id: int = 1025
+    audio_ffn_layers: list[int] | str | None = (
+        None  # the layers with a feed-forward of audio's own; []: a dense decoder
+    )
+    audio_fast_forward: bool = False  # audio tokens skip the layers outside that list
+    audio_attention: bool = False  # in the layers of that list, audio attends to audio before the shared attention
+    audio_embed_mean: bool = False  # a frame's embedding is the mean over its codebooks instead of the sum
+    audio_embed_projector: bool = False  # and passes a linear layer
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -97,6 +112,7 @@ class HiggsAudioV2Config(ConfigFile):
         if self.eos_token_id is not None and not isinstance(self.eos_token_id, int):
             self.eos_token_id = [int(token) for token in self.eos_token_id]
         self._check()
+        self._choose_layers()
 
     def _check_sizes(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -125,6 +141,55 @@ class HiggsAudioV2Config(ConfigFile):
         absent = LLAMA3_ROPE.keys() - self.rope_parameters.keys()
         if self.rope_parameters["rope_type"] == "llama3" and absent:
             raise UserError(f"rope_parameters of type llama3 lack {', '.join(sorted(absent))}; add them.")
+
+    def _choose_layers(self) -> None:
+        """Brings `audio_ffn_layers` to None or a sorted list, and refuses combinations that mean nothing."""
+        count, chosen = self.num_hidden_layers, self.audio_ffn_layers
+        named = {
+            "all": range(count),
+            "none": range(0),
+            "first_half": range(count // 2),
+            "last_half": range(count // 2, count),
+        }
+        if chosen is None:
+            chosen = named["all"]
+        elif isinstance(chosen, str) and chosen in named:
+            chosen = named[chosen]
+        elif isinstance(chosen, str) or not all(isinstance(i, int) and 0 <= i < count for i in chosen):
+            raise UserError(
+                f"audio_ffn_layers is {chosen!r}; give a list of layers from 0 to {count - 1}, or one of "
+                f"{', '.join(LAYER_CHOICES)}."
+            )
+        layers = sorted(set(chosen))
+        self.audio_ffn_layers = None if len(layers) == count else layers
+        if self.audio_fast_forward and len(layers) in (0, count):
+            raise UserError(
+                "audio_fast_forward skips the layers outside audio_ffn_layers; list some layers there, but not all."
+            )
+        if self.audio_attention and not layers:
+            raise UserError(
+                "audio_attention belongs to the layers of audio_ffn_layers, which lists none; list some, or leave one out."
+            )
+
+    @property
+    def dual_layers(self) -> list[int]:
+        """The layers in which audio has norms and a feed-forward of its own."""
+        return list(range(self.num_hidden_layers)) if self.audio_ffn_layers is None else self.audio_ffn_layers
+
+    @property
+    def num_attentions(self) -> int:
+        """How many attentions write keys: one a layer, and audio's own."""
+        return self.num_hidden_layers + (len(self.dual_layers) if self.audio_attention else 0)
+
+    @property
+    def splits_keys(self) -> bool:
+        """Whether some attention sees the keys of one kind of token only."""
+        return self.audio_fast_forward or self.audio_attention
+
+    @property
+    def is_released_architecture(self) -> bool:
+        """Whether this is the architecture of the released model, which transformers loads: no ablation is on."""
+        return not any(getattr(self, name) not in (None, False) for name in ABLATIONS)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -156,5 +221,6 @@ class HiggsAudioV2Config(ConfigFile):
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a `config.json` that Hugging Face's class reads as well."""
-        return {"model_type": "higgs_audio_v2", **asdict(self)}
+        """The contents of a `config.json`; without ablations one that Hugging Face's class reads as well."""
+        off = {name for name in ABLATIONS if getattr(self, name) in (None, False)}
+        return {"model_type": "higgs_audio_v2", **{k: v for k, v in asdict(self).items() if k not in off}}

@@ -17,17 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from higgs.errors import UserError
+from higgs.model.ablations import make_layer, split_keys
 from higgs.model.attention import additive, causal_mask, packed_mask
 from higgs.model.cache import StaticKVCache
 from higgs.model.config import HiggsAudioV2Config
-from higgs.model.dual_ffn import DualFFNLayer, Routing
+from higgs.model.dual_ffn import Routing
 from higgs.model.layers import RMSNorm, RotaryEmbedding
 from higgs.model.loss import decoder_loss
 from higgs.model.outputs import DecoderOutput, TransformerOutput
 
 
 class AudioEmbedding(nn.Module):
-    """One table for all codebooks, codebook k in rows k*V to (k+1)*V; a frame is the sum over its codebooks."""
+    """One table for all codebooks, codebook k in rows k*V to (k+1)*V; a frame is the sum over its codebooks.
+
+    As ablations, the mean instead of the sum, and a linear layer behind it.
+    """
 
     offsets: Tensor
 
@@ -35,6 +39,10 @@ class AudioEmbedding(nn.Module):
         super().__init__()
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         self.embed_audio_tokens = nn.Embedding(config.num_codebooks * config.codebook_size, config.hidden_size)
+        self.mean = config.audio_embed_mean
+        self.projector: nn.Linear | None = None
+        if config.audio_embed_projector:
+            self.projector = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.register_buffer("offsets", self._offsets(), persistent=False)
 
     def _offsets(self) -> Tensor:
@@ -45,7 +53,9 @@ class AudioEmbedding(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """[..., K] -> [..., C]."""
-        return self.embed_audio_tokens(codes + self.offsets).sum(dim=-2)
+        embedded = self.embed_audio_tokens(codes + self.offsets)
+        frame = embedded.mean(dim=-2) if self.mean else embedded.sum(dim=-2)
+        return frame if self.projector is None else self.projector(frame)
 
 
 class DualFFNTransformer(nn.Module):
@@ -55,7 +65,7 @@ class DualFFNTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DualFFNLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(make_layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.embed_audio_tokens = AudioEmbedding(config)
@@ -148,6 +158,8 @@ class DualFFNTransformer(nn.Module):
     ) -> Tensor:
         """Runs the layers and the final norm over embeddings [B, T, C]; `mask` [B, 1, T, S] is True = may look."""
         rotary = self.rotary_emb(position_ids, like=x)
+        if self.config.splits_keys:
+            routing = split_keys(routing, x, mask, cache)
         mask = None if mask is None else additive(mask, x.dtype)
         for layer in self.layers:
             if keep_all is not None:

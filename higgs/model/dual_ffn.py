@@ -29,11 +29,15 @@ class Routing:
     With row indices each feed-forward runs on its own rows only. Without them (`everywhere`) both run on all rows and
     the mask selects: more arithmetic, but no data-dependent shape and so no wait for the device, which is what a
     decoding step over a batch of mixed rows wants. No mask at all means that every row is audio.
+
+    The last two fields belong to ablations: attention masks by which a token sees its own kind only.
     """
 
     audio_mask: Tensor | None = None  # [B, T] bool
     text_rows: Tensor | None = None  # [number of text rows], into the flattened [B*T]
     audio_rows: Tensor | None = None  # [number of audio rows]
+    text_to_text: Tensor | None = None  # [B, 1, T, S], added to scores
+    audio_to_audio: Tensor | None = None  # [B, 1, T, S]
 
     @classmethod
     def by_rows(cls, audio_mask: Tensor) -> Routing:

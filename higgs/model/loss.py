@@ -105,3 +105,9 @@ def decoder_loss(
         sums.text_sum = F.cross_entropy(logits, targets[rows], reduction="sum")
         sums.text_count = torch.tensor(rows.numel(), device=hidden.device)
     return sums
+
+
+def label_counts(labels: Tensor, audio_labels: Tensor, audio_mask: Tensor) -> Tensor:
+    """How many labels `decoder_loss` sums over: [K + 1], the codebooks' [K] and the text's, known before any forward."""
+    frames = ((audio_labels != IGNORE) & audio_mask.bool()[..., None]).sum(dim=(0, 1))
+    return torch.cat([frames, (labels[:, 1:] != IGNORE).sum()[None]])

@@ -1,113 +1,240 @@
-"""The training step of the decoder and the loop around it (one process).
+"""The loop: read, step, log, validate, sample, save. It trains whatever is a `Task`, on one process or on many."""
 
-Shapes: B batch, T tokens, F frames, K codebooks.
-"""
-
+import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from tqdm import tqdm
 
-from higgs.batch import BatchFeature
-from higgs.model import DualFFNDecoder, LossSums, decoder_loss
+from higgs.data.stream import StepBatch, Stream
+from higgs.errors import UserError
+from higgs.train.distributed import World
+from higgs.train.flops import peak_flops
+from higgs.train.state import Checkpoints
+from higgs.train.task import StepResult, Task
+from higgs.train.tracking import Tracker
 
-
-@dataclass
-class OptimConfig:
-    """AdamW with weight decay on matrices, linear warm-up and a cosine down to `final_lr_share` of `lr`."""
-
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.0
-    warmup_steps: int = 50
-    final_lr_share: float = 0.1
-    clip_grad_norm: float = 1.0
-    text_weight: float = 1.0
-    # Weight of each codebook's mean loss; null sums them, as transformers does; 1/K each averages, as the original does.
-    codebook_weights: list[float] | None = None
+PERFECT_STEPS = 10  # how many steps in a row must reach `stop_at_accuracy`: a single perfect one may be luck
 
 
 @dataclass
-class StepMetrics:
-    """One step: losses before the update, the gradient's norm, and the share of codes that were predicted right."""
+class LoopConfig:
+    """When the loop does what, in steps; None means never (a checkpoint is written at the end in any case).
 
-    step: int
-    loss: float
-    text_loss: float | None
-    audio_loss: float
-    codebook_loss: list[float]
-    code_accuracy: float
-    lr: float
-    grad_norm: float
+    `max_nonfinite` steps in a row whose loss or gradient is not finite end the run. `stop_at_accuracy` ends it once
+    that share of codes is predicted right ten steps in a row.
+    """
 
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Weight decay acts on matrices; norms and biases are left alone."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+    max_steps: int = 1000
+    save_every: int | None = None
+    valid_every: int | None = None
+    sample_every: int | None = None
+    max_nonfinite: int = 5
+    stop_at_accuracy: float | None = None
 
 
-def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
-    """The rate of step 0, 1, …: linear warm-up, then a cosine (Loshchilov and Hutter, 2017)."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    through = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, through)))
-    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
+@dataclass
+class Progress:
+    """What the loop itself must know to go on."""
+
+    step: int = 0
+    samples_seen: int = 0
+    skipped: int = 0  # steps without an update, in all
+    nonfinite: int = 0  # … and at a stretch
+    perfect: int = 0
+    unreadable: int = 0
 
 
-def batch_loss(model: DualFFNDecoder, batch: BatchFeature) -> LossSums:
-    """Forward pass and loss sums of a labelled batch from the processor."""
-    hidden = model.model(
-        input_ids=batch["input_ids"],
-        audio_input_ids=batch.get("audio_input_ids"),
-        attention_mask=batch["attention_mask"],
-        audio_input_ids_mask=batch.get("audio_input_ids_mask"),
-    ).last_hidden_state
-    placeholders = model.model.audio_placeholders(batch["input_ids"])
-    return decoder_loss(
-        model, hidden, placeholders, batch["labels"], batch.get("audio_labels"), batch.get("audio_input_ids_mask")
-    )
+class Preemption:
+    """Notes SIGTERM, which asks a run to save and leave."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
 
 
-def train_decoder(
-    model: DualFFNDecoder,
-    batches: Iterator[BatchFeature],
-    max_steps: int,
-    config: OptimConfig,
-    report: Callable[[StepMetrics], bool],
-) -> None:
-    """Trains in place for `max_steps`, or until `report`, called after every step, returns True."""
-    optimizer = make_optimizer(model, config)
-    weights = None if config.codebook_weights is None else torch.tensor(config.codebook_weights, device=model.device)
-    model.train()
-    for step in range(max_steps):
-        rate = learning_rate(step, max_steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        sums = batch_loss(model, next(batches).to(model.device))
-        loss = sums.loss(weights, config.text_weight)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
-        optimizer.step()
-        codebooks = sums.codebook_loss.detach()
-        metrics = StepMetrics(
-            step=step + 1,
-            loss=float(loss.detach()),
-            text_loss=None if sums.text_loss is None else float(sums.text_loss.detach()),
-            audio_loss=float(codebooks.mean()),
-            codebook_loss=[round(value, 6) for value in codebooks.tolist()],
-            code_accuracy=float(sums.codebook_right.sum() / sums.codebook_count.sum()),
-            lr=rate,
-            grad_norm=float(norm),
-        )
-        if report(metrics):
-            break
-    model.eval()
+@dataclass
+class Loop:
+    """A run's parts, put together by higgs.train.run. `valid` gives one pass over the held-out data."""
+
+    task: Task
+    stream: Stream
+    config: LoopConfig
+    world: World
+    run: Path
+    checkpoints: Checkpoints
+    tracker: Tracker | None  # rank 0 alone has one
+    precision: str = "fp32"
+    valid: Callable[[], Iterable[StepBatch]] | None = None
+
+    def __post_init__(self) -> None:
+        self.progress = Progress()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.peak = peak_flops(self.world.device, dtype)
+
+    def restore(self, only: Path | None = None) -> bool:
+        """Takes up the newest whole checkpoint (or `only`); False where there is none."""
+        found = self.checkpoints.restore(self.task.tensors(), only)
+        if found is None:
+            return False
+        _, scalars = found
+        self.task.load_scalars(scalars["task"])
+        self.stream.load_state_dict(scalars["stream"])
+        self.progress = Progress(**scalars["progress"])
+        return True
+
+    def fit(self) -> bool:
+        """Trains to the end; False where SIGTERM cut it short (everything is saved then)."""
+        preemption, saved = Preemption(), self.progress.step
+        first = self.progress.step
+        bar = tqdm(total=self.config.max_steps, initial=first, desc="train", file=sys.stderr, disable=not self.world.main)
+        with preemption.watched(), bar:
+            while self.progress.step < self.config.max_steps and self.progress.perfect < PERFECT_STEPS:
+                self._step(bar)
+                step = self.progress.step
+                last = step == self.config.max_steps or self.progress.perfect >= PERFECT_STEPS
+                if self.valid is not None and (due(step, self.config.valid_every) or last):
+                    self._validate(bar)
+                if due(step, self.config.sample_every) or (last and self.config.sample_every):
+                    self._sample()
+                leave = bool(self.world.max_(torch.tensor(float(preemption.asked), device=self.world.device)))
+                if leave or last or due(step, self.config.save_every):
+                    self._save()
+                    saved = step
+                if leave and not last:
+                    if self.world.main:
+                        bar.write(f"SIGTERM: the state after step {step} is saved; the same command goes on from there.")
+                    return False
+        assert saved == self.progress.step
+        return True
+
+    def _step(self, bar: tqdm) -> None:
+        started = time.perf_counter()
+        batch = next(self.stream)
+        waited = time.perf_counter() - started
+        result = self.task.train_step(batch, self.progress.step)
+        self.progress.step += 1
+        self.progress.samples_seen += batch.samples
+        self._count(batch, result)
+        if self.tracker is not None:
+            seconds = time.perf_counter() - started
+            row = self._row(result, seconds, waited)
+            self.tracker.log(row)
+            bar.update(1)
+            shown = {"loss": row["loss"], "codes right": row.get("code_accuracy"), "tokens/s": row["tokens_per_s"]}
+            bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None))
+
+    def _count(self, batch: StepBatch, result: StepResult) -> None:
+        """Keeps the tallies, and reports what could not be read and what could not be learnt from."""
+        progress, goal = self.progress, self.config.stop_at_accuracy
+        accurate = result.finite and goal is not None and result.metrics.get("code_accuracy", 0.0) >= goal
+        progress.perfect = progress.perfect + 1 if accurate else 0
+        lost = self.world.sum_(torch.tensor(len(batch.unreadable), device=self.world.device))
+        if int(lost):
+            progress.unreadable += int(lost)
+            entries = self.world.gather_json([asdict(entry) for entry in batch.unreadable])
+            self._report_unreadable([entry for part in entries for entry in part])
+        progress.nonfinite = 0 if result.finite else progress.nonfinite + 1
+        if result.finite:
+            return
+        progress.skipped += 1
+        ids = [name for part in self.world.gather_json(batch.ids) for name in part]
+        named = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        if self.world.main:
+            tqdm.write(f"step {progress.step}: loss or gradient is not finite; no update. Samples: {named}", sys.stderr)
+        if progress.nonfinite >= self.config.max_nonfinite:
+            raise UserError(
+                f"{progress.nonfinite} steps in a row gave a loss or gradient that is not finite; the last, step "
+                f"{progress.step}, read the samples {named}. Look at them, or lower optim.lr; the last checkpoint is from before."
+            )
+
+    def _report_unreadable(self, entries: list[dict[str, str]]) -> None:
+        if not self.world.main:
+            return
+        with (self.run / "unreadable.jsonl").open("a", encoding="utf-8") as log:
+            for entry in entries:
+                tqdm.write(f"unreadable: {entry['id']}: {entry['reason']}", sys.stderr)
+                log.write(json.dumps({"step": self.progress.step, **entry}) + "\n")
+
+    def _row(self, result: StepResult, seconds: float, waited: float) -> dict[str, Any]:
+        """One line of metrics.jsonl."""
+        progress = self.progress
+        rate = result.flops / seconds
+        row = {
+            "step": progress.step,
+            "split": "train",
+            **result.metrics,
+            "tokens_per_s": result.tokens / seconds,
+            "frames_per_s": result.frames / seconds,
+            "mfu": None if not self.peak or not result.flops else rate / (self.peak * self.world.size),
+            "data_wait_s": waited,
+            "step_s": seconds,
+            "memory_gb": peak_memory_gb(self.world.device),
+            "samples_seen": progress.samples_seen,
+            "skipped": progress.skipped,
+            "unreadable": progress.unreadable,
+        }
+        return finite_json(row)
+
+    def _validate(self, bar: tqdm) -> None:
+        assert self.valid is not None
+        metrics = self.task.validate(self.valid())
+        if self.tracker is not None:
+            row = {"step": self.progress.step, "split": "valid", **metrics, "samples_seen": self.progress.samples_seen}
+            self.tracker.log(finite_json(row))
+            bar.write(f"step {self.progress.step}: validation loss {metrics['loss']:.4f}", file=sys.stderr)
+
+    def _sample(self) -> None:
+        files = self.task.write_samples(self.run / "samples", self.progress.step)
+        if self.tracker is not None:
+            self.tracker.samples(files, self.progress.step)
+
+    def _save(self) -> None:
+        scalars = {
+            "task": self.task.scalars(),
+            "stream": self.stream.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        self.checkpoints.save(self.progress.step, self.task.tensors(), scalars)
+
+
+def due(step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held so far: on the GPU, or resident in RAM (Linux counts in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+
+def finite_json(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no infinity: they become null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: clean(value) for name, value in row.items()}

@@ -1,243 +1,226 @@
-"""A training run of the language model, from a manifest to a checkpoint and the sound it makes (one process).
+"""A training run from its config to its export: what `train.py` runs.
 
-    manifest -> text tokenizer -> codec (given, or warmed up) -> coded samples -> decoder -> export/ -> infer -> samples/
-
-Shapes: K codebooks, F frames.
+    lm:    sources -> processor -> tokens -> LanguageModelTask ─┐
+    codec: sources -> crops    -> CodecTask                    ─┴-> Loop -> checkpoints, metrics, samples, export/
 """
 
-import json
-import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from higgs.api import HiggsAudioV2ForConditionalGeneration
-from higgs.chat import ChatBuilder, ChatTokens
-from higgs.checkpoint.io import load_codec, pick_device, save_codec
-from higgs.checkpoint.meta import on_meta
-from higgs.codec import Codec
-from higgs.data.coded import audio_items, code_samples, endless_batches, load_clips
-from higgs.data.manifest import Sample, read_manifest, texts_of
+from higgs.data.crops import CropDataset
+from higgs.data.draws import read_sources
+from higgs.data.stream import DataConfig, Dataset, StepBatch, Stream, once
 from higgs.errors import UserError
-from higgs.inference import GenerationOptions, InferConfig, infer
-from higgs.plots import save_curves
+from higgs.inference import GenerationOptions
 from higgs.processor import HiggsAudioV2Processor
-from higgs.text import TextTokenizer
-from higgs.train.codec_warmup import WarmupConfig, warm_up
-from higgs.train.loop import OptimConfig, StepMetrics, train_decoder
+from higgs.train.codec_task import CodecTask, CodecTrainingConfig
+from higgs.train.codec_warmup import WarmupConfig
+from higgs.train.distributed import World, start, stop
+from higgs.train.freeze import FreezeConfig
+from higgs.train.lm import Hearing, LanguageModelTask, LossConfig
+from higgs.train.loop import Loop, LoopConfig
+from higgs.train.optim import OptimConfig
+from higgs.train.parallel import ParallelConfig
+from higgs.train.prepare import (
+    Origin,
+    Parts,
+    as_json,
+    build_decoder,
+    check_same_run,
+    code_sources,
+    last_codes,
+    open_dataset,
+    prepare_processor,
+    prompts_of,
+    with_codes,
+)
+from higgs.train.reproduce import Match, print_matches, reproduce
+from higgs.train.state import Checkpoints
+from higgs.train.task import Task
+from higgs.train.tracking import LoggerConfig, Tracker, record_run, write_lines
+
+# What a run folder belongs to; the rest may change from one start to the next.
+IDENTITY = ("task", "model", "codec", "tokenizer", "chat", "init_from", "codec_path", "freeze")
 
 
-@dataclass
-class DataConfig:
-    """Where the samples come from: a manifest (see higgs.data.manifest)."""
-
-    train: str
-    batch_size: int = 16
-
-
-@dataclass
-class TrainConfig:
+@dataclass(kw_only=True)
+class TrainConfig(LoopConfig):
     """The keys of configs/train.yaml, which explains them. Parts that Hydra builds are left as they are."""
 
     name: str
     run_dir: str
     data: DataConfig
-    max_steps: int = 1000
+    task: str = "lm"
     seed: int = 0
     device: str = "cpu"
+    precision: str = "fp32"
+    accumulate: int = 1
+    keep_checkpoints: int = 2
+    milestone_every: int | None = None
+    resume: str = "auto"
+    sample_count: int = 4
+    reproduce: bool = False
+    init_from: str | None = None
     codec_path: str | None = None
-    stop_at_accuracy: float | None = None
-    log_every: int = 10
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    codec_warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    codec_warmup: WarmupConfig | None = None
+    codec_training: CodecTrainingConfig = field(default_factory=CodecTrainingConfig)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     codec: Any = None
     model: Any = None
     tokenizer: Any = None
     chat: Any = None
 
+    def __post_init__(self) -> None:
+        if self.task not in ("lm", "codec"):
+            raise UserError(f"task is '{self.task}'; use lm or codec.")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision is '{self.precision}'; use fp32 or bf16.")
+        if min(self.max_steps, self.accumulate, self.keep_checkpoints) < 1:
+            raise UserError("max_steps, accumulate and keep_checkpoints must be at least 1.")
+        if self.task == "codec" and self.parallel.strategy == "fsdp":
+            raise UserError("The codec fits into every process; use parallel.strategy=ddp for several.")
+        if self.task == "codec" and (self.reproduce or self.init_from or self.codec_path):
+            raise UserError("reproduce, init_from and codec_path belong to task=lm; leave them out.")
+
 
 @dataclass
-class Parts:
-    """What Hydra (or a notebook) builds the run from. The model is built last: it needs the tokenizer's ids."""
+class Setup:
+    """What a task brings to the loop. `finish` runs on rank 0 after the export."""
 
-    codec: Callable[[], Codec]
-    tokenizer: Callable[..., TextTokenizer]
-    model: Callable[[dict[str, Any]], HiggsAudioV2ForConditionalGeneration]
-    chat: ChatBuilder = field(default_factory=ChatBuilder)
-
-
-@dataclass
-class Match:
-    """How well a sample was reproduced: share of equal codes over the longer of the two, and the frames it is off."""
-
-    id: str
-    frames: int
-    codes_equal: float
-    frames_off: int
-    stopped: bool
+    task: Task
+    train: Dataset
+    valid: Dataset | None
+    finish: Callable[[], Any] = lambda: None
 
 
-def token_ids(tokenizer: TextTokenizer, codec: Codec, tokens: ChatTokens) -> dict[str, int]:
-    """The fields of the decoder's config that the tokenizer and the codec decide."""
-    size = codec.config.codebook_size
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "num_codebooks": codec.num_codebooks,
-        "codebook_size": size + 2,  # and the two stream codes
-        "audio_stream_bos_id": size,
-        "audio_stream_eos_id": size + 1,
-        "audio_token_id": tokenizer.token_to_id(tokens.audio),
-        "audio_bos_token_id": tokenizer.token_to_id(tokens.audio_bos),
-        "audio_delay_token_id": tokenizer.token_to_id(tokens.delay),
-        "bos_token_id": tokenizer.token_to_id(tokens.bos),
-        "eos_token_id": tokenizer.token_to_id(tokens.end_of_turn),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+def train(config: TrainConfig, parts: Parts, overrides: Sequence[str] = ()) -> list[Match] | None:
+    """Trains to the end and exports, or saves and returns where SIGTERM asks for it.
+
+    Returns how the training samples came back, where `reproduce` asks for that.
+    """
+    world = start(config.device, config.parallel.strategy)
+    try:
+        return run_training(config, parts, world, overrides)
+    finally:
+        stop()
 
 
-def train(config: TrainConfig, parts: Parts) -> list[Match]:
-    """Runs the whole thing and returns how well every training sample comes back from its text alone."""
-    run = Path(config.run_dir)
-    random.seed(config.seed)
+def run_training(config: TrainConfig, parts: Parts, world: World, overrides: Sequence[str]) -> list[Match] | None:
+    run, settings = Path(config.run_dir), asdict(config)
     torch.manual_seed(config.seed)
+    checkpoints = Checkpoints(run / "checkpoints", world, config.keep_checkpoints, config.milestone_every)
+    begin_folder(run, settings, checkpoints, config.resume, world, overrides)
+    setup = (set_up_codec if config.task == "codec" else set_up_lm)(config, parts, world, run)
+    share = {"rank": world.rank, "size": world.size, "accumulate": config.accumulate}
+    loop = Loop(
+        task=setup.task,
+        stream=Stream(setup.train, config.data, seed=config.seed, **share),
+        config=config,
+        world=world,
+        run=run,
+        checkpoints=checkpoints,
+        tracker=None,
+        precision=config.precision,
+        valid=None if setup.valid is None else partial(validation, setup.valid, config, share),
+    )
+    resumed = config.resume != "never" and loop.restore(None if config.resume == "auto" else Path(config.resume))
+    if world.main:
+        start_step = loop.progress.step
+        print(f"{run}: {'resumed after' if resumed else 'starts at'} step {start_step} of {config.max_steps}", flush=True)
+        loop.tracker = Tracker(run, config.name, config.logger, settings, start_step)
+    try:
+        whole = loop.fit()
+    finally:
+        if loop.tracker is not None:
+            loop.tracker.close(run / "loss.png")
+    if not whole:
+        return None
+    setup.task.export(run / "export")
+    if world.main:
+        print(f"export: {run / 'export'}")
+        return setup.finish()
+    return None
+
+
+def validation(dataset: Dataset, config: TrainConfig, share: dict[str, int]) -> Iterable[StepBatch]:
+    return once(dataset, config.data, **share)
+
+
+def begin_folder(
+    run: Path, settings: dict[str, Any], checkpoints: Checkpoints, resume: str, world: World, overrides: Sequence[str]
+) -> None:
+    """Makes the run's folder and records what runs in it, after checking that it may."""
+    if resume == "never" and checkpoints.all():
+        raise UserError(
+            f"{run} holds checkpoints, but resume=never. Give another run_dir, or delete {checkpoints.folder}."
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise UserError(f"resume is '{resume}'; use auto, never, or the path of a folder in a run's checkpoints/.")
+    if world.main:
+        run.mkdir(parents=True, exist_ok=True)
+        check_same_run(run, settings, IDENTITY)
+        record_run(run, settings, overrides)
+    world.barrier()
+
+
+def set_up_codec(config: TrainConfig, parts: Parts, world: World, run: Path) -> Setup:
+    codec = parts.codec()
+    task = CodecTask(
+        codec, config.codec_training, config.optim, world,
+        max_steps=config.max_steps, seed=config.seed, precision=config.precision,
+    )  # fmt: skip
+    crops = {"sample_rate": codec.sample_rate, "seconds": config.data.crop_seconds, "gain_db": config.data.gain_db}
+    valid = config.data.valid
+    return Setup(
+        task,
+        CropDataset(read_sources(config.data.train), **crops),
+        None if valid is None else CropDataset(read_sources(valid, "data.valid"), **crops),
+    )
+
+
+def set_up_lm(config: TrainConfig, parts: Parts, world: World, run: Path) -> Setup:
     started = time.perf_counter()
-    device = pick_device(config.device)
-    samples = read_manifest(config.data.train)
-    prompts = [Sample(sample.id, sample.prompt()) for sample in samples]
-    tokenizer = parts.tokenizer(texts=texts_of(samples))
-    if not audio_items(samples):
-        raise UserError(f"{config.data.train} holds no audio, so there is nothing to train on.")
-    codec = parts.codec() if config.codec_path is None else load_codec(config.codec_path)
-    tokens = parts.chat.tokens
-    ids = token_ids(tokenizer, codec, tokens)
-    with on_meta():
-        parts.model(ids)  # a config that does not fit is reported before the codec takes its minutes
-    clips = load_clips(samples, codec.sample_rate)
-    run.mkdir(parents=True, exist_ok=True)
-    if config.codec_path is None:
-        prepare_codec(config, codec, clips)
-    processor = HiggsAudioV2Processor(
-        tokenizer=tokenizer,
-        audio_tokenizer=codec,
-        audio_token=tokens.audio,
-        audio_bos_token=tokens.audio_bos,
-        audio_eos_token=tokens.audio_eos,
-        audio_delay_token=tokens.delay,
-        audio_stream_bos_id=ids["audio_stream_bos_id"],
-        audio_stream_eos_id=ids["audio_stream_eos_id"],
-    )
-    coded = code_samples(processor, samples, clips)
-    model = parts.model(ids).to(device)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"decoder: {count:.1f} M parameters; {len(samples)} samples from {config.data.train}")
-    batches = endless_batches(processor, coded, config.data.batch_size, config.seed)
-    fit(config, model, batches, run)
+    sources = read_sources(config.data.train)
+    origin = Origin(config.init_from, config.codec_path, config.codec_warmup, config.seed)
+    prepare_processor(run, sources, origin, parts, world)
+    processor = HiggsAudioV2Processor.from_pretrained(run / "processor", device_map=world.device)
+    codec, limit = processor.audio_tokenizer, config.data.max_unreadable
+    data = open_dataset(code_sources(run, sources, "train", codec, limit, world), processor)
+    held_out = None
+    if config.data.valid is not None:
+        held_out = read_sources(config.data.valid, "data.valid")
+        held_out = open_dataset(code_sources(run, held_out, "valid", codec, limit, world), processor)
+    sharded = config.parallel.strategy == "fsdp"
+    decoder = build_decoder(processor, origin, parts, config.seed, shapes_only=sharded and not world.main)
+    prompts = prompts_of(with_codes(data if held_out is None else held_out, config.sample_count))
+    task = LanguageModelTask(
+        decoder, processor, world,
+        max_steps=config.max_steps, optim=config.optim, loss=config.loss, parallel=config.parallel,
+        freeze=config.freeze, precision=config.precision, hearing=Hearing(prompts, config.generation),
+    )  # fmt: skip
+    if world.main:
+        count = sum(p.numel() for p in decoder.parameters()) / 1e6
+        print(f"decoder: {count:.1f} M parameters; {len(data)} training samples", flush=True)
 
-    model.to("cpu")
-    model.save_pretrained(run / "export")
-    processor.save_pretrained(run / "export")
-    write_jsonl(run / "prompts.jsonl", [{"id": p.id, "messages": p.messages} for p in prompts])
-    print(f"checkpoint: {run / 'export'}; now each sample from its text, as infer.py does it")
-    matches = reproduce(run, coded, config.generation)
-    print_matches(matches, time.perf_counter() - started)
-    write_jsonl(run / "matches.jsonl", [asdict(match) for match in matches])
-    return matches
+    def finish() -> list[Match]:
+        """Every training sample again from its text, through the function behind infer.py."""
+        targets = [sample for sample in with_codes(data) if last_codes(sample) is not None]
+        write_lines(run / "prompts.jsonl", [asdict(as_json(prompt)) for prompt in prompts_of(targets)])
+        matches = reproduce(run, targets, config.generation)
+        print_matches(matches, time.perf_counter() - started)
+        write_lines(run / "matches.jsonl", [asdict(match) for match in matches])
+        return matches
 
-
-def prepare_codec(config: TrainConfig, codec: Codec, clips: Sequence[Tensor]) -> None:
-    """Warms a fresh codec up on the samples' clips and keeps it in the run's folder."""
-    settings = config.codec_warmup
-    bar = tqdm(total=settings.autoencoder_steps + settings.decoder_steps, desc="codec", file=sys.stderr)
-
-    def report(phase: str, step: int, loss: float) -> None:
-        bar.set_postfix_str(f"{phase}, mel distance {loss:.3f}")
-        bar.update(1)
-
-    with bar:
-        result = warm_up(codec, clips, settings, torch.Generator().manual_seed(config.seed), report)
-    print(f"codec: {result.codes_used} of {result.codes_possible} codes in use, mel distance {result.mel_distance:.3f}")
-    save_codec(codec, Path(config.run_dir) / "codec")  # codec_path=RUN/codec saves the minutes next time
-
-
-def fit(config: TrainConfig, model: HiggsAudioV2ForConditionalGeneration, batches: Any, run: Path) -> None:
-    """The loop with its log: metrics.jsonl, a progress bar, and loss.png at the end."""
-    steps, losses = [], []
-    bar = tqdm(total=config.max_steps, desc="decoder", file=sys.stderr)
-    right_in_a_row = 0
-    with (run / "metrics.jsonl").open("w", encoding="utf-8") as log:
-
-        def report(metrics: StepMetrics) -> bool:
-            nonlocal right_in_a_row
-            steps.append(metrics.step)
-            losses.append(metrics.loss)
-            log.write(json.dumps(asdict(metrics)) + "\n")
-            log.flush()
-            bar.update(1)
-            if metrics.step % config.log_every == 0:
-                bar.set_postfix_str(f"loss {metrics.loss:.3f}, codes right {metrics.code_accuracy:.2%}")
-            goal = config.stop_at_accuracy
-            # Several steps in a row: a single perfect one may be luck.
-            right_in_a_row = right_in_a_row + 1 if goal is not None and metrics.code_accuracy >= goal else 0
-            return right_in_a_row >= 10
-
-        train_decoder(model, batches, config.max_steps, config.optim, report)
-    bar.close()
-    save_curves(run / "loss.png", {"train": (steps, losses)}, "step")
-
-
-def reproduce(run: Path, coded: Sequence[Sample], generation: GenerationOptions) -> list[Match]:
-    """Asks the exported checkpoint for every sample, through the function behind infer.py."""
-    spoken = infer(
-        InferConfig(
-            checkpoint=str(run / "export"),
-            conversation=str(run / "prompts.jsonl"),
-            output=str(run / "samples"),
-            plot=True,
-            batch_size=16,
-            device="cpu",
-            generation=generation,
-        )
-    )
-    matches = []
-    for speech, sample in zip(spoken, coded, strict=True):
-        target = sample.messages[-1]["content"][-1]["codes"]
-        matches.append(
-            Match(
-                sample.id,
-                target.shape[1],
-                equal_codes(speech.codes, target),
-                abs(speech.codes.shape[1] - target.shape[1]),
-                speech.stopped,
-            )
-        )
-    return matches
-
-
-def equal_codes(codes: Tensor, target: Tensor) -> float:
-    """Share of equal codes of [K, F] and [K, F'], frames that one of them lacks counted as wrong."""
-    common = min(codes.shape[1], target.shape[1])
-    right = int((codes[:, :common] == target[:, :common]).sum())
-    return right / (target.shape[0] * max(codes.shape[1], target.shape[1], 1))
-
-
-def print_matches(matches: Sequence[Match], seconds: float) -> None:
-    print(f"\n{'sample':<16}{'frames':>7}{'codes equal':>13}{'frames off':>12}")
-    for match in matches:
-        note = "" if match.stopped else "  did not stop"
-        print(f"{match.id:<16}{match.frames:>7}{match.codes_equal:>12.2%}{match.frames_off:>12}{note}")
-    worst = min(match.codes_equal for match in matches)
-    print(f"worst sample {worst:.2%}; {seconds:.0f} s in all")
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(path)
+    return Setup(task, data, held_out, finish if config.reproduce else lambda: None)

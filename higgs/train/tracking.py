@@ -1,0 +1,169 @@
+"""The records of a run: metrics.jsonl, samples, loss.png, the config with versions and git state, and Weights & Biases."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from higgs.errors import UserError
+from higgs.folders import write_json
+from higgs.plots import save_curves
+
+METRICS = "metrics.jsonl"
+PACKAGES = ("higgs", "torch", "torchaudio", "hydra-core", "safetensors", "tokenizers", "sentencepiece", "numpy")
+
+
+@dataclass
+class LoggerConfig:
+    """Weights & Biases: `mode` is disabled, offline (files in run_dir/wandb for `wandb sync`) or online."""
+
+    mode: str = "disabled"
+    project: str = "higgs"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("disabled", "offline", "online"):
+            raise UserError(f"logger.mode is '{self.mode}'; use disabled, offline or online.")
+
+
+class Tracker:
+    """Writes a run's records; lines after step `resumed_at` of an earlier start are taken out, for they come again."""
+
+    def __init__(self, run: Path, name: str, config: LoggerConfig, settings: Mapping[str, Any], resumed_at: int = 0):
+        self.path = run / METRICS
+        write_lines(self.path, [row for row in read_records(self.path) if row["step"] <= resumed_at])
+        self._file = self.path.open("a", encoding="utf-8")
+        self._wandb = None
+        if config.mode != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.project, entity=config.entity, name=name, tags=config.tags, mode=config.mode,
+                dir=str(run), config=dict(settings), id=run.name if config.mode == "offline" else None, resume="allow",
+            )  # fmt: skip
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One JSON object, flushed. `step` and `split` (train or valid) are part of it."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(flat(row, row["split"]), step=row["step"])
+
+    def samples(self, files: Sequence[Path], step: int) -> None:
+        """Sounds and pictures that were written to the run's folder, shown in Weights & Biases too."""
+        if self._wandb is None or not files:
+            return
+        import wandb
+
+        # The step stays out of the key, so that the sound of one prompt can be followed over time.
+        kinds = {".wav": wandb.Audio, ".png": wandb.Image}
+        shown = {f"samples/{path.name.split('-', 2)[-1]}": kinds[path.suffix](str(path)) for path in files}
+        self._wandb.log(shown, step=step)
+
+    def close(self, picture: Path) -> None:
+        """Ends the log and draws the losses."""
+        self._file.close()
+        draw_losses(read_records(self.path), picture)
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The loss over the steps, training and validation."""
+    curves = {}
+    for split in ("train", "valid"):
+        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split and row.get("loss") is not None]
+        if points:
+            curves[split] = tuple(zip(*points, strict=True))
+    if curves:
+        save_curves(path, curves, "step")
+
+
+def flat(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """`{"codebook_loss": [a, b]}` -> `{"train/codebook_loss_0": a, …}`."""
+    numbers: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            numbers |= {f"{prefix}/{name}_{place}": item for place, item in enumerate(value)}
+        elif isinstance(value, int | float) and name != "step":
+            numbers[f"{prefix}/{name}"] = value
+    return numbers
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL log; a last line that a kill cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is not valid JSON ({error}). Repair or delete it.") from error
+    return rows
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSONL, aside and renamed."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def record_run(run: Path, settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """What this run is: config.yaml, environment.json (versions, machine, git state, command), and git.diff where the
+    code differs from its commit."""
+    aside = run / ".config.yaml.part"
+    aside.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(aside, run / "config.yaml")
+    project = Path(__file__).resolve().parents[2]
+    changes = git(project, "diff", "HEAD")
+    write_json(
+        run / "environment.json",
+        {
+            "overrides": list(overrides),
+            "versions": {"python": platform.python_version(), **versions()},
+            "machine": {
+                "platform": platform.platform(),
+                "threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            },
+            "git": {
+                "commit": git(project, "rev-parse", "HEAD"),
+                "changed": None if changes is None else bool(changes),
+                "untracked": (git(project, "ls-files", "--others", "--exclude-standard") or "").splitlines(),
+            },
+            "command": sys.argv,
+        },
+    )
+    if changes:
+        (run / "git.diff").write_text(changes + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str | None]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """The output of a git command; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
