@@ -1,7 +1,5 @@
 """The quantizer in training: gradients, moving codebooks against a slow reference, dead codes, prefixes."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from codec_cases import make_codec
@@ -72,7 +70,7 @@ def test_commitment_pulls_vectors_to_their_codes_and_moves_no_code(quantizer: Re
     found = stage.quantize(features)
     vectors = stage.project_in(features)
     codes = stage.codebook.embed[found.codes]
-    assert float(found.commitment) == pytest.approx(float((vectors - codes).square().mean()))
+    torch.testing.assert_close(found.commitment, (vectors - codes).square().mean())
     slope = 2 * (vectors - codes) / vectors.numel()
     (expected,) = torch.autograd.grad(vectors, features, slope.detach())
     (got,) = torch.autograd.grad(found.commitment, features)
@@ -178,7 +176,7 @@ def test_only_the_stages_in_use_move(quantizer: ResidualQuantizer, features: Ten
         not torch.equal(old, stage.codebook.embed) for old, stage in zip(before, quantizer.quantizers, strict=True)
     ]
     assert changed == [True, True, False]
-    size = quantizer.quantizers[0].codebook.cluster_size[None]
+    size = quantizer.quantizers[0].codebook.cluster_size[None].clone()
     quantizer.update_(CodeSums(torch.zeros_like(size), torch.zeros_like(before[0])[None]), decay=0.5)
     torch.testing.assert_close(quantizer.quantizers[0].codebook.cluster_size, 0.5 * size[0])
 
@@ -190,14 +188,14 @@ def test_use_and_perplexity():
     torch.testing.assert_close(perplexity, torch.tensor([4.0, 1.0, 2.0, 1.0]))
 
 
-def test_random_prefixes_make_every_prefix_decode():
-    """Trained on all prefixes, each more codebooks come closer to the features."""
+def test_fitted_prefixes_come_closer_codebook_by_codebook():
     codec = make_codec("hop-320")
-    quantizer = codec.quantizer
     generator = torch.Generator().manual_seed(0)
-    width = quantizer.quantizers[0].project_in.in_features
-    features = torch.randn(64, 4, width, generator=generator) @ torch.randn(width, width, generator=generator) * 0.1
-    quantizer.fit(features.flatten(0, 1), 10, generator)
-    errors = [float((quantizer.decode(quantizer.encode(features, k)) - features).square().mean()) for k in range(1, 4)]
-    assert errors == sorted(errors, reverse=True)
-    assert replace(codec.config).num_codebooks_at(0.3) == 1
+    codec.init_weights(generator)
+    assert not any(bool(stage.codebook.inited) for stage in codec.quantizer.quantizers)
+    features = torch.randn(64, 4, codec.config.hidden_size, generator=generator)
+    codec.quantizer.fit(features.flatten(0, 1), 10, generator)
+    assert all(bool(stage.codebook.inited) for stage in codec.quantizer.quantizers)
+    decoded = [codec.quantizer.decode(codec.quantizer.encode(features, k)) for k in range(1, 4)]
+    errors = [float((sound - features).detach().square().mean()) for sound in decoded]
+    assert errors[2] < errors[1] < errors[0] < float(features.square().mean())

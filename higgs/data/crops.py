@@ -4,8 +4,10 @@ A crop is decided by the seed and the number of its draw, so it is the same on a
 Shapes: B crops, L samples.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -97,12 +99,9 @@ class CropDataset:
 
     def _other(self, sample: int, chances: Chances) -> int:
         """A clip of the same source."""
-        first = 0
-        for size in self.sizes:
-            if sample < first + size:
-                break
-            first += size
-        return first + int(chances.other * size)
+        ends = list(accumulate(self.sizes))
+        source = bisect_right(ends, sample)
+        return ends[source] - self.sizes[source] + int(chances.other * self.sizes[source])
 
     def crop(self, clip: SoundClip, place: float) -> Tensor:
         """A crop [L] of a clip, `place` (0…1) between its first and last one; silence follows where the clip ends.

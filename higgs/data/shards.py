@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,28 @@ def write_aside(path: Path, data: bytes) -> None:
     """Writes a file under another name and renames it: it is whole, or not there."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     aside.write_bytes(data)
-    aside.replace(path)
+    try:
+        aside.replace(path)
+    except FileNotFoundError:
+        # Another rank, that wrote the same, has cleaned up.
+        if not path.is_file() or path.read_bytes() != data:
+            raise
+
+
+def remove_stale(folder: Path, name: str) -> None:
+    """Removes what writers of a file left behind that were killed."""
+    for stale in folder.glob(f".{name}.*.part"):
+        stale.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-def file_digest(path: Path) -> str:
+@lru_cache(maxsize=2**16)
+def file_digest(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file. Its size and the time of its last change (in ns) stand for its content, so that a folder which
+    several parts of a run open is read once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -109,9 +124,7 @@ def write_shard(
         f"{shard_name(number)}.safetensors": save({"codes": codes}),
         f"{shard_name(number)}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
     }
-    files = {
-        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()
-    }
+    files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()}
     record = ShardRecord(files, len(samples), len(clips), len(codes), unreadable)
     for name, data in content.items():
         write_aside(folder / name, data)
@@ -134,10 +147,11 @@ def fault(path: Path, mark: Mapping[str, Any]) -> str | None:
     """What is wrong with a file that should have this size and SHA-256; None if nothing is."""
     if not path.is_file():
         return "is missing"
-    size = path.stat().st_size
-    if size != mark["size"]:
-        return f"has {size} bytes instead of {mark['size']}"
-    return None if file_digest(path) == mark["sha256"] else "was altered: its checksum differs"
+    status = path.stat()
+    if status.st_size != mark["size"]:
+        return f"has {status.st_size} bytes instead of {mark['size']}"
+    digest = file_digest(path.absolute(), status.st_size, status.st_mtime_ns)
+    return None if digest == mark["sha256"] else "was altered: its checksum differs"
 
 
 def self_digest(index: Mapping[str, Any]) -> str:
@@ -147,15 +161,8 @@ def self_digest(index: Mapping[str, Any]) -> str:
 def write_index(folder: Path, source: CodeSource, records: Sequence[ShardRecord]) -> None:
     index = {"format": FORMAT, "source": asdict(source), "shards": [asdict(record) for record in records]}
     write_aside(folder / INDEX, to_json({**index, "sha256": self_digest(index)}))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the line of a sample lies."""
-
-    shard: int
-    first: int
-    size: int
+    for name in (SOURCE, INDEX):
+        remove_stale(folder, name)
 
 
 class CodedFolder:
@@ -199,6 +206,12 @@ class CodedFolder:
         with self._lines[self._shard[number]].open("rb") as file:
             file.seek(int(self._first[number]))
             return Sample(**json.loads(file.read(int(self._size[number]))))
+
+    def samples(self) -> Iterator[Sample]:
+        """All samples in order, as `sample` gives them."""
+        for path in self._lines:
+            with path.open("rb") as file:
+                yield from (Sample(**json.loads(line)) for line in file)
 
     def codes(self, number: int, span: Sequence[int]) -> Tensor:
         """The codes [K, T] (int64) of a clip of sample `number`."""

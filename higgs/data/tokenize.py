@@ -22,12 +22,12 @@ from higgs.audio import sound_info
 from higgs.codec import Codec
 from higgs.data.manifest import Sample, read_manifest, read_text
 from higgs.data.shards import (
-    INDEX,
     SOURCE,
     CodedWith,
     CodeSource,
     ShardRecord,
     finished_shard,
+    remove_stale,
     shard_name,
     to_json,
     write_aside,
@@ -101,6 +101,21 @@ def tokenize(
     samples = read_manifest(manifest)
     source = code_source(manifest, samples, codec, config)
     claim_folder(out, source)
+    return code_shards(out, samples, source, codec, config, rank, size, report, log)
+
+
+def code_shards(
+    out: Path,
+    samples: Sequence[Sample],
+    source: CodeSource,
+    codec: Codec,
+    config: TokenizeConfig,
+    rank: int,
+    size: int,
+    report: Callable[[int], None],
+    log: Callable[[str], None],
+) -> TokenizeResult:
+    """What `tokenize` does, in a folder that is claimed."""
     result = TokenizeResult()
     for number in range(rank, source.num_shards, size):
         first = number * config.shard_samples
@@ -143,9 +158,7 @@ def check_share(unreadable: Sequence[dict[str, str]], seen: int, config: Tokeniz
         )
 
 
-def code_source(
-    manifest: str | Path, samples: Sequence[Sample], codec: Codec, config: TokenizeConfig
-) -> CodeSource:
+def code_source(manifest: str | Path, samples: Sequence[Sample], codec: Codec, config: TokenizeConfig) -> CodeSource:
     digest = hashlib.sha256(read_text(Path(manifest)).encode()).hexdigest()
     return CodeSource(digest, len(samples), config.shard_samples, float(config.batch_seconds), codec_identity(codec))
 
@@ -194,8 +207,7 @@ def claim_folder(out: Path, source: CodeSource) -> None:
 def code_shard(
     out: Path, number: int, samples: Sequence[Sample], codec: Codec, source: CodeSource, log: Callable[[str], None]
 ) -> ShardRecord:
-    for stale in out.glob(f".{shard_name(number)}.*.part"):  # of a run that was killed
-        stale.unlink(missing_ok=True)
+    remove_stale(out, shard_name(number))
     faults: dict[int, str] = {}
     clips = [clip for place, sample in enumerate(samples) for clip in find_clips(place, sample, codec, faults)]
     code_clips([clip for clip in clips if clip.codes is None], codec, source.batch_seconds, faults)
@@ -225,7 +237,7 @@ def find_clips(place: int, sample: Sample, codec: Codec, faults: dict[int, str])
             if path is not None and Path(path).is_file():
                 yield Clip(place, item, int(sound_info(path).seconds * codec.sample_rate))
                 continue
-            read = read_audio_item(item, codec.sample_rate, "It")
+            read = read_audio_item(item, codec.sample_rate, "audio item")
             codes = None if read.is_floating_point() else check_codes(read, codec)
             yield Clip(place, item, len(read), codes)
         except UserError as error:
@@ -237,7 +249,7 @@ def code_clips(clips: Sequence[Clip], codec: Codec, batch_seconds: float, faults
 
     def load(clip: Clip) -> Tensor | UserError:
         try:
-            waveform = read_audio_item(clip.item, codec.sample_rate, "It")
+            waveform = read_audio_item(clip.item, codec.sample_rate, "audio item")
             if len(waveform) < codec.minimum_samples:
                 seconds = len(waveform) / codec.sample_rate
                 raise UserError(
@@ -307,8 +319,6 @@ def with_spans(sample: Sample, spans: Iterator[list[int]]) -> Sample:
     for message in sample.messages:
         content = message["content"]
         if isinstance(content, list):
-            content = [
-                {"type": "audio", "span": next(spans)} if item["type"] == "audio" else item for item in content
-            ]
+            content = [{"type": "audio", "span": next(spans)} if item["type"] == "audio" else item for item in content]
         messages.append({**message, "content": content})
     return replace(sample, messages=messages)

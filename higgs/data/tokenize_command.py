@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from tqdm import tqdm
 
 from higgs.checkpoint.io import load_codec
-from higgs.data.manifest import read_manifest
-from higgs.data.tokenize import TokenizeConfig, TokenizeResult, tokenize
+from higgs.codec import Codec
+from higgs.data.manifest import Sample, read_manifest
+from higgs.data.shards import CodeSource, finished_shard
+from higgs.data.tokenize import TokenizeConfig, TokenizeResult, claim_folder, code_shards, code_source
 from higgs.errors import UserError
 
 MOST_PROCESSES = 8  # started unasked; each holds a codec
@@ -63,32 +66,53 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     config = TokenizeConfig(options.shard_samples, options.batch_seconds, options.max_unreadable)
-    samples = len(read_manifest(options.manifest))
-    shards = -(-samples // config.shard_samples)
-    if "WORLD_SIZE" in os.environ:  # torchrun
-        if options.processes is not None:
-            raise UserError("Under torchrun its ranks share the work; leave --processes out.")
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if options.device == "cuda" else options.device
-        mine = sum(min(config.shard_samples, samples - n * config.shard_samples) for n in range(rank, shards, size))
-        with progress(mine, f"rank {rank}", shown=rank == 0) as bar:
-            summary(work(options, config, device, rank, size, bar.update))
-        return
-    processes = min(options.processes or default_processes(options.device), shards)
-    if processes < 1:
+    if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}; it must be at least 1.")
-    with progress(samples, "tokenize") as bar:
-        if processes > 1:
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if size > 1 and options.processes is not None:
+        raise UserError("Under torchrun its ranks share the work; leave --processes out.")
+    # Everything that can be wrong is found before the processes start.
+    job = Job.prepare(options, config, device_of(options.device, int(os.environ.get("LOCAL_RANK", 0))))
+    shards = range(rank, job.source.num_shards, size)
+    samples = sum(min(config.shard_samples, len(job.samples) - n * config.shard_samples) for n in shards)
+    processes = 1 if size > 1 else min(options.processes or default_processes(options.device), len(shards))
+    name = f"rank {rank}" if size > 1 else "tokenize"
+    with tqdm(total=samples, desc=name, unit="sample", file=sys.stderr, disable=rank > 0) as bar:
+        if processes > 1 and any(finished_shard(job.out, number) is None for number in shards):
             run_processes(options, config, processes, bar.update)
-            # Everything is coded: this finds it whole and writes the index.
-            result = work(options, config, device_of(options.device, 0), 0, 1, lambda samples: None)
+            result = job.work(0, 1, lambda samples: None)  # finds everything whole and writes the index
+            result.coded, result.kept = result.kept, 0
         else:
-            result = work(options, config, options.device, 0, 1, bar.update)
-    summary(result)
+            result = job.work(rank, size, bar.update)
+    state = "complete" if result.complete else "not complete yet: other ranks are at work"
+    print(f"{result.coded + result.kept} samples coded, {len(result.unreadable)} unreadable; {options.out} is {state}")
 
 
-def progress(total: int, name: str, shown: bool = True) -> tqdm:
-    return tqdm(total=total, desc=name, unit="sample", file=sys.stderr, disable=not shown)
+@dataclass
+class Job:
+    """Everything a process needs."""
+
+    out: Path
+    samples: list[Sample]
+    source: CodeSource
+    codec: Codec
+    config: TokenizeConfig
+
+    @classmethod
+    def prepare(cls, options: argparse.Namespace, config: TokenizeConfig, device: str) -> "Job":
+        # One thread a process: sums over another number of threads may round differently, and codes then differ.
+        torch.set_num_threads(1)
+        samples = read_manifest(options.manifest)
+        codec = load_codec(options.codec, device)
+        source = code_source(options.manifest, samples, codec, config)
+        claim_folder(options.out, source)
+        return cls(options.out, samples, source, codec, config)
+
+    def work(self, rank: int, size: int, report: Callable[[int], None]) -> TokenizeResult:
+        return code_shards(
+            self.out, self.samples, self.source, self.codec, self.config, rank, size, report,
+            log=lambda line: tqdm.write(line, file=sys.stderr),
+        )  # fmt: skip
 
 
 def default_processes(device: str) -> int:
@@ -98,24 +122,10 @@ def default_processes(device: str) -> int:
 
 
 def device_of(device: str, rank: int) -> str:
-    return f"cuda:{rank % torch.cuda.device_count()}" if device in ("cuda", "auto") and torch.cuda.is_available() else device
-
-
-def work(
-    options: argparse.Namespace,
-    config: TokenizeConfig,
-    device: str,
-    rank: int,
-    size: int,
-    report: Callable[[int], None],
-) -> TokenizeResult:
-    # One thread a process: sums over another number of threads may round differently, and codes then differ.
-    torch.set_num_threads(1)
-    codec = load_codec(options.codec, device)
-    return tokenize(
-        options.manifest, options.out, codec, config, rank=rank, size=size, report=report,
-        log=lambda line: tqdm.write(line, file=sys.stderr),
-    )  # fmt: skip
+    """The device of a process: its share of the GPUs."""
+    if device in ("cuda", "auto") and torch.cuda.is_available():
+        return f"cuda:{rank % torch.cuda.device_count()}"
+    return device
 
 
 def run_processes(
@@ -135,14 +145,17 @@ def run_processes(
         shown = 0
         while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
             time.sleep(POLL)
-            shown, before = done.value, shown
-            report(shown - before)
+            count = done.value
+            if count > shown:
+                report(count - shown)
+                shown = count
         report(done.value - shown)
     finally:
         for worker in workers:
-            if worker.is_alive() and any(worker.exitcode for worker in workers) or sys.exc_info()[0]:
+            if worker.is_alive():  # after a failure of another, or an interruption
                 worker.terminate()
-            worker.join()
+            if worker.pid is not None:
+                worker.join()
     if not messages.empty():
         raise UserError(messages.get())
     failed = [worker.exitcode for worker in workers if worker.exitcode]
@@ -158,16 +171,17 @@ def run_rank(
     def report(samples: int) -> None:
         with done.get_lock():
             done.value += samples
-        if os.getppid() != parent:  # it was killed, and a new run may be at work
-            sys.exit(1)
 
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     try:
-        work(options, config, device_of(options.device, rank), rank, size, report)
+        Job.prepare(options, config, device_of(options.device, rank)).work(rank, size, report)
     except UserError as error:
         messages.put(str(error))
         sys.exit(2)
 
 
-def summary(result: TokenizeResult) -> None:
-    state = "complete" if result.complete else "not complete yet: other ranks are at work"
-    print(f"{result.coded} samples coded, {result.kept} kept, {len(result.unreadable)} unreadable; {state}")
+def end_with(parent: int) -> None:
+    """Ends this process once its parent is gone: a new run may be at work by then."""
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os._exit(1)

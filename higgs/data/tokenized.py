@@ -3,11 +3,16 @@
 Shapes: T tokens, F delayed frames, K codebooks.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
 
 from higgs.batch import BatchBuilder, BatchOptions, Row
-from higgs.chat import ChatRenderer, RenderedChat
+from higgs.chat import ChatRenderer
 from higgs.data.draws import Draw, Source
+from higgs.data.manifest import Sample
 from higgs.data.rows import pack_rows, pad_rows
 from higgs.data.shards import CodedFolder, CodedWith
 from higgs.data.stream import Rows, Unreadable
@@ -39,11 +44,13 @@ class TokenizedDataset:
         self.sizes = [len(folder) for folder in self.folders]
         for folder in self.folders:
             self._check(folder)
-        self._places = [(folder, number) for folder in self.folders for number in range(len(folder))]
-        self._lengths = [self._count_tokens(number) for number in range(len(self._places))]
+        self._ends = list(accumulate(self.sizes))
+        # An array, not a list: loader processes are forked from this one, and there may be millions.
+        lengths = (self._count_tokens(sample) for folder in self.folders for sample in folder.samples())
+        self._lengths = np.fromiter(lengths, dtype=np.int32, count=len(self))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._ends[-1]
 
     @property
     def codec(self) -> CodedWith:
@@ -57,15 +64,15 @@ class TokenizedDataset:
 
     def length(self, sample: int) -> int:
         """Tokens of a sample, its audio placeholders counted."""
-        return self._lengths[sample]
+        return int(self._lengths[sample])
 
     def id(self, sample: int) -> str:
-        folder, number = self._places[sample]
+        folder, number = self._place(sample)
         return folder.sample(number).id
 
     def row(self, sample: int) -> Row:
         """A sample's ids, frames and labels."""
-        folder, number = self._places[sample]
+        folder, number = self._place(sample)
         entry = folder.sample(number)
         chat = self.renderer.build(entry.messages)
         clips = [folder.codes(number, slot.item["span"]) for slot in chat.audio]
@@ -81,10 +88,13 @@ class TokenizedDataset:
             batch = pack_rows(loaded, row_length, pad, eos)
         return Rows(batch, [self.id(draw.sample) for row in rows for draw in row])
 
-    def _count_tokens(self, sample: int) -> int:
-        """As long as `row` will be: a placeholder is a token of its own, and becomes one token a frame."""
-        folder, number = self._places[sample]
-        chat: RenderedChat = self.renderer.build(folder.sample(number).messages)
+    def _place(self, sample: int) -> tuple[CodedFolder, int]:
+        source = bisect_right(self._ends, sample)
+        return self.folders[source], sample - self._ends[source] + self.sizes[source]
+
+    def _count_tokens(self, sample: Sample) -> int:
+        """As long as its `row` will be: a placeholder is a token of its own, and becomes one token a frame."""
+        chat = self.renderer.build(sample.messages)
         tokens = len(self.builder.tokenizer.encode(chat.text, add_special_tokens=True))
         spans = [slot.item["span"] for slot in chat.audio]
         return tokens + sum(delayed_length(stop - first, self.builder.num_codebooks) - 1 for first, stop in spans)

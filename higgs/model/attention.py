@@ -60,6 +60,16 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
+def right_padded(attention_mask: Tensor) -> bool:
+    """Whether padding [B, T], 0, only follows a row's real tokens, 1.
+
+    Such padding is the future already, so plain causal attention says the same to every real token, and faster: half of
+    the scores are never computed, and a GPU has its fastest kernel for it.
+    """
+    real = attention_mask.bool()
+    return not bool((real[:, 1:] & ~real[:, :-1]).any())
+
+
 def causal_mask(attention_mask: Tensor) -> Tensor:
     """Causal attention without a cache over rows with padding: [B, T], 1 at real tokens -> [B, 1, T, T], True = may look.
 

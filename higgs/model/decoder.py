@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from higgs.errors import UserError
 from higgs.model.ablations import make_layer, split_keys
-from higgs.model.attention import additive, causal_mask, packed_mask
+from higgs.model.attention import additive, causal_mask, packed_mask, right_padded
 from higgs.model.cache import StaticKVCache
 from higgs.model.config import HiggsAudioV2Config
 from higgs.model.dual_ffn import Routing
@@ -101,10 +101,11 @@ class DualFFNTransformer(nn.Module):
         audio_input_ids: Tensor | None,
         audio_input_ids_mask: Tensor | None,
         inputs_embeds: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Input embeddings [B, T, C] and the routing of rows; placeholders take the frames in order.
 
-        Raises UserError if the number of placeholders differs from the number of valid frames.
+        `real` [B, T] is 0 at padding that no layer need work on. Raises UserError if the number of placeholders differs from the number of valid frames.
         """
         if input_ids is None and inputs_embeds is None:
             if audio_input_ids is None:
@@ -121,7 +122,7 @@ class DualFFNTransformer(nn.Module):
             if audio_input_ids is not None and int(placeholders.sum()) != _count(audio_input_ids, audio_input_ids_mask):
                 # transformers knows the delayed tail by its ids only; here whole clips work from embeddings too.
                 placeholders = placeholders | self._embedded(inputs_embeds, self.config.audio_delay_token_id)
-        routing = Routing.by_rows(placeholders)
+        routing = Routing.by_rows(placeholders, real)
         if audio_input_ids is None:
             return inputs_embeds, routing
         frames = audio_input_ids.flatten(0, 1)
@@ -193,10 +194,12 @@ class DualFFNTransformer(nn.Module):
         """
         if output_attentions:
             raise UserError("Attention weights are never formed here (fused attention); leave output_attentions out.")
-        x, routing = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, inputs_embeds)
-        batch, new = x.shape[:2]
         if use_cache is None:
             use_cache = past_key_values is not None
+        padding_follows = attention_mask is not None and not use_cache and right_padded(attention_mask)
+        real = attention_mask if padding_follows else None
+        x, routing = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, inputs_embeds, real)
+        batch, new = x.shape[:2]
         if use_cache and past_key_values is None:
             room = max(self.config.max_position_embeddings, new)
             past_key_values = StaticKVCache(self.config, batch, room, x.device, x.dtype)
@@ -206,7 +209,7 @@ class DualFFNTransformer(nn.Module):
         if cache is not None:
             mask = cache.begin(new, attention_mask)
         elif attention_mask is not None:
-            mask = causal_mask(attention_mask)
+            mask = None if padding_follows else causal_mask(attention_mask)
         elif position_ids is not None:
             mask = packed_mask(position_ids)
         if position_ids is None:

@@ -26,7 +26,7 @@ from higgs.model.layers import FeedForward, RMSNorm, rms_normalize
 class Routing:
     """Which rows are audio, worked out once per batch and used by every layer.
 
-    With row indices each feed-forward runs on its own rows only. Without them (`everywhere`) both run on all rows and
+    With row indices each feed-forward runs on its own rows only, and padding, which is in neither list, on none. Without them (`everywhere`) both run on all rows and
     the mask selects: more arithmetic, but no data-dependent shape and so no wait for the device, which is what a
     decoding step over a batch of mixed rows wants. No mask at all means that every row is audio.
 
@@ -40,9 +40,10 @@ class Routing:
     audio_to_audio: Tensor | None = None  # [B, 1, T, S]
 
     @classmethod
-    def by_rows(cls, audio_mask: Tensor) -> Routing:
-        flat = audio_mask.flatten()
-        return cls(audio_mask, (~flat).nonzero()[:, 0], flat.nonzero()[:, 0])
+    def by_rows(cls, audio_mask: Tensor, real: Tensor | None = None) -> Routing:
+        """`real` [B, T] is True (or 1) at tokens that are no padding; None: all are."""
+        text_mask = ~audio_mask if real is None else ~audio_mask & real.bool()
+        return cls(audio_mask, text_mask.flatten().nonzero()[:, 0], audio_mask.flatten().nonzero()[:, 0])
 
     @classmethod
     def everywhere(cls, audio_mask: Tensor) -> Routing:
@@ -97,7 +98,7 @@ def dual_feed_forward(x: Tensor, text: FeedForward, audio: FeedForward, routing:
     if routing.text_rows is None:
         return torch.where(routing.audio_mask[..., None], audio(x), text(x))
     rows = x.flatten(0, 1)
-    out = torch.empty_like(rows)
-    out = out.index_copy(0, routing.text_rows, text(rows[routing.text_rows]))
-    out = out.index_copy(0, routing.audio_rows, audio(rows[routing.audio_rows]))
+    text_out, audio_out = text(rows[routing.text_rows]), audio(rows[routing.audio_rows])
+    out = torch.zeros_like(rows, dtype=text_out.dtype)
+    out = out.index_copy(0, routing.text_rows, text_out).index_copy(0, routing.audio_rows, audio_out)
     return out.view_as(x)

@@ -14,14 +14,13 @@ Shapes: B batch, L samples, T frames, K codebooks, N vectors, D width of the cod
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from higgs.audio import save_audio
 from higgs.checkpoint.io import save_codec
 from higgs.codec import Codec
 from higgs.codec.acoustic import add_weight_norm, remove_weight_norm
@@ -32,7 +31,6 @@ from higgs.codec.losses import (
     adversarial_loss,
     discriminator_loss,
     feature_loss,
-    mel_distance,
     semantic_loss,
 )
 from higgs.codec.model import Reconstruction
@@ -40,7 +38,9 @@ from higgs.codec.quantizer import CodeSums, code_sums, usage
 from higgs.data.draws import random_generator
 from higgs.data.stream import StepBatch
 from higgs.errors import UserError
-from higgs.plots import save_codec_trend, save_speech_plot
+from higgs.plots import save_codec_trend
+from higgs.train.codec_check import measure, rounded, write_reconstructions
+from higgs.train.codec_start import first_weights, has_codebooks
 from higgs.train.distributed import World
 from higgs.train.optim import (
     Ema,
@@ -97,7 +97,8 @@ class CodecTask:
     """A codec, its discriminators and their optimisers (a `higgs.train.task.Task`).
 
     Args:
-        codec: with weights (fresh from `init_weights`, or trained); weight norm is put on its acoustic convolutions.
+        codec: a trained one, or a fresh one, which gets its first weights (from the seed) and its teacher here. Weight
+            norm is put on its acoustic convolutions. Afterwards it is `self.codec`.
         max_steps: the end of the learning rate's schedule.
         precision: `fp32`, or `bf16` for autocast.
     """
@@ -116,6 +117,9 @@ class CodecTask:
         self.config, self.optim, self.world = config, optim, world
         self.max_steps, self.seed = max_steps, seed
         self.bf16 = precision == "bf16"
+        self.fitted = has_codebooks(codec)
+        if not self.fitted:
+            codec = first_weights(codec, config.teacher, seed, log=print if world.main else lambda line: None)
         self.codec = codec.to(world.device).train().requires_grad_(True)
         self.codec.semantic_model.requires_grad_(False)
         add_weight_norm(codec.acoustic_encoder, codec.acoustic_decoder)
@@ -128,10 +132,9 @@ class CodecTask:
         self.optimizer = make_optimizer(self.weights, optim)
         self.critic_optimizer = make_optimizer(self.critic_weights, optim)
         self.ema = None if optim.ema_decay is None else Ema(self.weights, optim.ema_decay)
-        self.fitted = all(bool(stage.codebook.inited) for stage in codec.quantizer.quantizers)
         self.step = 0  # steps taken
         self.history: list[dict[str, Any]] = []  # what validation found, for the trend
-        self.clips: Tensor | None = None  # [B, 1, L] of the validation data, to be written as samples
+        self.clips: Tensor | None = None  # [B, 1, L], to be written as samples: of the validation data if there is any
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -141,6 +144,8 @@ class CodecTask:
         set_rate(self.optimizer, rate)
         set_rate(self.critic_optimizer, rate * self.config.discriminator_lr_share)
         waves = [micro["waveform"].to(self.world.device) for micro in batch.micro]
+        if self.clips is None:
+            self.clips = waves[0][: self.config.num_samples]
         quantize = step >= self.config.quantizer_start or self.fitted
         if quantize and not self.fitted:
             self._fit_codebooks(waves, step)
@@ -277,59 +282,22 @@ class CodecTask:
 
     def validate(self, batches: Iterable[StepBatch]) -> dict[str, Any]:
         """Mel distance at every bandwidth (kbit/s), and use and perplexity of every codebook, over all clips."""
-        codec, bandwidths = self.codec, self.codec.config.target_bandwidths
-        counts = torch.zeros(codec.num_codebooks, codec.config.codebook_size, device=self.world.device)
-        totals = torch.zeros(len(bandwidths) + 1, dtype=torch.float64, device=self.world.device)
+        waves = (
+            micro["waveform"].to(self.world.device) for batch in batches for micro in batch.micro if micro is not None
+        )
         with self._averaged():
-            for micro in (micro for batch in batches for micro in batch.micro):
-                waves = micro["waveform"].to(self.world.device)
-                self.clips = waves[: self.config.num_samples] if self.clips is None else self.clips
-                codes = codec.encode(waves).audio_codes
-                for stage, row in enumerate(codes.unbind(1)):
-                    counts[stage] += torch.bincount(row.flatten(), minlength=counts.shape[1])
-                for place, bandwidth in enumerate(bandwidths):
-                    heard = self._decode(codes, bandwidth, waves.shape[-1])
-                    for ours, theirs in zip(heard, waves, strict=True):
-                        totals[place] += mel_distance(ours, theirs, codec.sample_rate)
-                totals[-1] += len(waves)
-        self.world.sum_(counts)
-        *distances, clips = self.world.sum_(totals).tolist()
-        use, perplexity = usage(counts)
-        found = {
-            "mel_distance": {f"{b:g}": round(d / clips, 5) for b, d in zip(bandwidths, distances, strict=True)},
-            "codebook_use": rounded(use),
-            "codebook_perplexity": rounded(perplexity),
-        }
-        self.history.append({"step": self.step, **found})
-        return found
-
-    def _decode(self, codes: Tensor, bandwidth: float, length: int) -> Tensor:
-        """Waveforms [B, 1, length] of the codebooks that a bandwidth pays for."""
-        sound = self.codec.decode(codes[:, : self.codec.config.num_codebooks_at(bandwidth)], return_dict=False)
-        return nn.functional.pad(sound, (0, max(0, length - sound.shape[-1])))[..., :length]
+            found, clips = measure(self.codec, waves, self.world)
+        self.clips = clips[: self.config.num_samples] if clips is not None else self.clips
+        self.history.append({"step": self.step, **asdict(found)})
+        return asdict(found)
 
     def write_samples(self, folder: Path, step: int) -> list[Path]:
-        """Clips of the validation data: the original beside the reconstruction at every bandwidth, with pictures."""
+        """The original beside the reconstruction at every bandwidth, with pictures: of the validation data, or of the
+        first batch where there is none."""
         if self.clips is None or not self.world.main:
             return []
-        paths: list[Path] = []
-        rate, length = self.codec.sample_rate, self.clips.shape[-1]
-
-        def write(name: str, sound: Tensor, codes: Tensor) -> None:
-            paths.extend((folder / f"{name}.wav", folder / f"{name}.png"))
-            save_audio(paths[-2], sound, rate)
-            save_speech_plot(paths[-1], sound.flatten().cpu(), rate, codes)
-
         with self._averaged():
-            codes = self.codec.encode(self.clips).audio_codes
-            for place in range(len(self.clips)):
-                write(f"step-{step:08d}-{place}-original", self.clips[place], codes[place])
-            for bandwidth in self.codec.config.target_bandwidths:
-                kept = codes[:, : self.codec.config.num_codebooks_at(bandwidth)]
-                heard = self._decode(codes, bandwidth, length)
-                for place in range(len(self.clips)):
-                    write(f"step-{step:08d}-{place}-{bandwidth:g}kbps", heard[place], kept[place])
-        return paths
+            return write_reconstructions(self.codec, self.clips, folder, f"step-{step:08d}")
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -380,7 +348,3 @@ def scores(verdicts: list[Verdict]) -> list[Tensor]:
 def update_counts(optimizer: torch.optim.AdamW) -> list[int]:
     """How often each weight has been updated."""
     return [int(state["step"]) for state in optimizer.state.values()]
-
-
-def rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from higgs.audio import log_mel
 from higgs.codec import Codec
+from higgs.codec.losses import mel_distance
+from higgs.codec.ragged import Ragged
 from higgs.errors import UserError
 
 
@@ -38,18 +39,6 @@ class WarmupResult:
     codes_used: list[int]
     codes_possible: int
     mel_distance: float
-
-
-def mel_distance(output: Tensor, target: Tensor, sample_rate: int) -> Tensor:
-    """Mean absolute difference of log10 mel magnitudes over several windows (as DAC's multi-scale mel loss)."""
-    total = output.new_zeros(())
-    windows = ((128, 10), (256, 20), (512, 40), (1024, 80), (2048, 160))
-    for window, mels in windows:
-        ours, theirs = (
-            log_mel(x, sample_rate, num_mels=mels, window=window, hop=window // 4) for x in (output, target)
-        )
-        total = total + (ours - theirs).abs().mean()
-    return total / len(windows)
 
 
 def warm_up(
@@ -115,8 +104,6 @@ def warm_up(
 
 def render(codec: Codec, features: Tensor, wave: Tensor) -> Tensor:
     """Features [B, T, C] to a waveform as long as `wave` [B, 1, L]."""
-    from higgs.codec.ragged import Ragged
-
     sound = codec.acoustic_decoder(Ragged(codec.fc2(features).transpose(1, 2))).values
     return nn.functional.pad(sound, (0, max(0, wave.shape[-1] - sound.shape[-1])))[..., : wave.shape[-1]]
 

@@ -43,7 +43,7 @@ from higgs.train.optim import (
     set_updates,
     updates_of,
 )
-from higgs.train.parallel import ParallelConfig, autocast, clip_gradients, parallelize, sync_gradients
+from higgs.train.parallel import ParallelConfig, autocast, clip_gradients, forget_gathered, parallelize, sync_gradients
 from higgs.train.task import StepResult
 
 
@@ -261,8 +261,11 @@ class LanguageModelTask:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        with nullcontext() if self.ema is None else self.ema.applied():
-            yield
+        try:
+            with nullcontext() if self.ema is None else self.ema.applied():
+                yield
+        finally:
+            forget_gathered(self.module)
 
     @contextmanager
     def _whole(self) -> Iterator[HiggsAudioV2ForConditionalGeneration | None]:

@@ -146,6 +146,14 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
         module.require_backward_grad_sync = on
 
 
+def forget_gathered(module: nn.Module) -> None:
+    """Drops weights that FSDP2 gathered for a forward pass and kept (it keeps the outermost ones, for the backward pass
+    that follows in training), so that a change to the shards is seen by the next pass."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales gradients so that their norm over all parameters and ranks is at most `max_norm`; returns the norm before.
 

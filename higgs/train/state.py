@@ -9,6 +9,7 @@ Tensors go through DCP's safetensors storage, not its default one, whose metadat
 """
 
 import hashlib
+import json
 import shutil
 import sys
 import warnings
@@ -56,7 +57,8 @@ class Checkpoints:
         files = self._digests(aside)
         if self.world.main:
             record = {"step": step, "ranks": self.world.size, "torch": torch.__version__, "files": files}
-            write_json(aside / RECORD, {**record, "scalars": dict(scalars)})
+            record["scalars"] = dict(scalars)
+            write_json(aside / RECORD, {**record, "sha256": own_digest(record)})
             if final.exists():  # the same step again, after falling back from a damaged checkpoint
                 shutil.rmtree(final)
             aside.rename(final)
@@ -112,6 +114,8 @@ class Checkpoints:
         try:
             record = read_json(folder / RECORD)
             files = record["files"]
+            if record.pop("sha256") != own_digest(record):
+                raise UserError("it was altered")
             mine = sorted(files)[self.world.rank :: self.world.size]
             found = next((what for name in mine if (what := altered(folder / name, files[name]))), None)
         except (UserError, KeyError, TypeError) as error:
@@ -150,6 +154,10 @@ def quiet() -> Iterator[None]:
 
 def name_of(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def own_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

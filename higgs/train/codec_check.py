@@ -1,0 +1,93 @@
+"""How good a codec is: numbers over held-out clips, and clips to look at and listen to.
+
+Shapes: B batch, L samples, K codebooks, T frames.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from higgs.audio import save_audio
+from higgs.codec import Codec
+from higgs.codec.losses import mel_distance
+from higgs.codec.quantizer import usage
+from higgs.errors import UserError
+from higgs.plots import save_speech_plot
+from higgs.train.distributed import World
+
+
+@dataclass
+class Measured:
+    """Mean mel distance over clips at each bandwidth (named in kbit/s), and of each codebook the share of its codes in
+    use and the perplexity over all frames [K]."""
+
+    mel_distance: dict[str, float]
+    codebook_use: list[float]
+    codebook_perplexity: list[float]
+
+
+@torch.no_grad()
+def measure(codec: Codec, waves: Iterable[Tensor], world: World) -> tuple[Measured, Tensor | None]:
+    """Codes clips [B, 1, L], decodes every prefix of codebooks, and compares; summed over ranks, each with clips of its
+    own. Also returns this rank's first batch.
+
+    Raises:
+        UserError: where no rank has a clip.
+    """
+    bandwidths = codec.config.target_bandwidths
+    counts = torch.zeros(codec.num_codebooks, codec.config.codebook_size, device=world.device)
+    totals = torch.zeros(len(bandwidths) + 1, dtype=torch.float64, device=world.device)
+    first = None
+    for clips in waves:
+        first = clips if first is None else first
+        codes = codec.encode(clips).audio_codes
+        for stage, row in enumerate(codes.unbind(1)):
+            counts[stage] += torch.bincount(row.flatten(), minlength=counts.shape[1])
+        for place, bandwidth in enumerate(bandwidths):
+            heard = decode_prefix(codec, codes, bandwidth, clips.shape[-1])
+            for ours, theirs in zip(heard, clips, strict=True):
+                totals[place] += mel_distance(ours, theirs, codec.sample_rate)
+        totals[-1] += len(clips)
+    world.sum_(counts)
+    *distances, number = world.sum_(totals).tolist()
+    if not number:
+        raise UserError("The validation data gave no clip to measure; see the unreadable files above.")
+    use, perplexity = usage(counts)
+    found = Measured(
+        {f"{b:g}": round(distance / number, 5) for b, distance in zip(bandwidths, distances, strict=True)},
+        rounded(use),
+        rounded(perplexity),
+    )
+    return found, first
+
+
+def decode_prefix(codec: Codec, codes: Tensor, bandwidth: float, length: int) -> Tensor:
+    """Waveforms [B, 1, length] of the codebooks of codes [B, K, T] that a bandwidth pays for."""
+    sound = codec.decode(codes[:, : codec.config.num_codebooks_at(bandwidth)], return_dict=False)
+    return nn.functional.pad(sound, (0, max(0, length - sound.shape[-1])))[..., :length]
+
+
+@torch.no_grad()
+def write_reconstructions(codec: Codec, clips: Tensor, folder: Path, name: str) -> list[Path]:
+    """Each of the clips [B, 1, L] beside its reconstruction at every bandwidth, as sound and picture; returns the files."""
+    paths: list[Path] = []
+    codes = codec.encode(clips).audio_codes
+    sounds = {"original": (clips, codes)}
+    for bandwidth in codec.config.target_bandwidths:
+        kept = codes[:, : codec.config.num_codebooks_at(bandwidth)]
+        sounds[f"{bandwidth:g}kbps"] = decode_prefix(codec, codes, bandwidth, clips.shape[-1]), kept
+    for place in range(len(clips)):
+        for what, (sound, kept) in sounds.items():
+            path = folder / f"{name}-{place}-{what}.wav"
+            picture = path.with_suffix(".png")
+            save_audio(path, sound[place], codec.sample_rate)
+            save_speech_plot(picture, sound[place].flatten().cpu(), codec.sample_rate, kept[place])
+            paths += [path, picture]
+    return paths
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]

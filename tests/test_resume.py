@@ -1,0 +1,209 @@
+"""A run that is killed, asked to leave, or damaged goes on as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import train_cases as cases
+
+from higgs.errors import UserError
+
+STEPS = 10
+MORE = ["max_steps=10", "save_every=3", "optim.ema_decay=0.9", "data.workers=0"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A manifest and a codec."""
+    folder = tmp_path_factory.mktemp("parts")
+    return cases.write_manifest(folder / "manifest.jsonl"), cases.write_codec(folder / "codec")
+
+
+@pytest.fixture(scope="module")
+def whole(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    cases.finish(cases.start(cases.arguments(run, *parts, *MORE)))
+    return run
+
+
+def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    """Returns once the log holds `step`; fails where the run ends before."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        log = run / "metrics.jsonl"
+        if log.is_file() and log.read_text().count("\n") >= step:
+            return
+        assert all(process.poll() is None for process in processes), cases.finish(processes)
+        time.sleep(0.002)
+    raise AssertionError("the run did not get to that step in time")
+
+
+def kill_at(step: int, run: Path, overrides: list[str], processes: int = 1, port: int = 0) -> None:
+    started = cases.start(overrides, processes, port)
+    wait_for_step(run, step, started)
+    for process in started:
+        process.send_signal(signal.SIGKILL)
+    for process in started:
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_at_any_step_it_goes_on_bit_for_bit(whole: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = cases.arguments(run, *parts, *MORE)
+    for step in (1, 5, 8):  # before the first checkpoint, and between others
+        kill_at(step, run, overrides)
+    said = cases.finish(cases.start(overrides))
+    assert "resumed after step" in said
+    assert cases.losses(run) == cases.losses(whole)
+    for name in ("model.safetensors", "config.json", "tokenizer.model"):
+        assert (run / "export" / name).read_bytes() == (whole / "export" / name).read_bytes()
+
+
+def test_workers_and_packing_change_nothing_in_that(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    more = [*MORE, "data.layout=pack", "data.row_length=128", "data.batch_size=2", "accumulate=2", "max_steps=6"]
+    cases.finish(cases.start(cases.arguments(tmp_path / "a", *parts, *more)))
+    overrides = cases.arguments(tmp_path / "b", *parts, *more, "data.workers=2")
+    kill_at(4, tmp_path / "b", overrides)
+    cases.finish(cases.start(overrides))
+    assert cases.losses(tmp_path / "b") == cases.losses(tmp_path / "a")
+
+
+def test_sigterm_saves_and_exits_0(whole: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
+    overrides = cases.arguments(tmp_path, *parts, *MORE, "save_every=null")
+    started = cases.start(overrides)
+    wait_for_step(tmp_path, 2, started)
+    started[0].send_signal(signal.SIGTERM)
+    said = cases.finish(started, code=0)
+    saved = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert len(saved) == 1 and "SIGTERM" in said
+    step = int(saved[0].removeprefix("step-"))
+    assert 2 <= step < STEPS and max(cases.log(tmp_path)) == step
+    assert not (tmp_path / "export").exists()
+    cases.finish(cases.start(overrides))
+    assert cases.losses(tmp_path) == cases.losses(whole)
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """The finished run, to be damaged."""
+    shutil.copytree(whole, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def again(copied: Path, parts: tuple[Path, Path], *more: str) -> None:
+    cases.run_here(cases.arguments(copied, *parts, *MORE, *more))
+
+
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").iterdir())[-1]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-120] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink])
+@pytest.mark.parametrize("file", ["tensors/*.safetensors", "checkpoint.json", "rng-00000.safetensors"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
+    copied: Path, whole: Path, parts: tuple[Path, Path], harm, file: str, capfd: pytest.CaptureFixture
+) -> None:
+    harm(next(newest(copied).glob(file)))
+    again(copied, parts)
+    said = capfd.readouterr()
+    assert "damaged" in said.err and newest(whole).name in said.err
+    assert "resumed after step 9" in said.out
+    assert cases.losses(copied) == cases.losses(whole)
+
+
+def test_only_damaged_checkpoints_are_an_error(copied: Path, parts: tuple[Path, Path]) -> None:
+    for folder in (copied / "checkpoints").iterdir():
+        (folder / "checkpoint.json").write_text("{")
+    with pytest.raises(UserError, match="is whole"):
+        again(copied, parts)
+
+
+def test_the_last_checkpoints_and_the_milestones_stay(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    overrides = ["max_steps=9", "save_every=2", "keep_checkpoints=2", "milestone_every=4"]
+    cases.run_here(cases.arguments(tmp_path, *parts, *overrides))
+    assert [int(path.name[5:]) for path in sorted((tmp_path / "checkpoints").iterdir())] == [4, 8, 9]
+
+
+def test_a_given_checkpoint_is_gone_on_from(copied: Path, whole: Path, parts: tuple[Path, Path]) -> None:
+    again(copied, parts, f"resume={copied}/checkpoints/step-00000009")
+    assert cases.losses(copied) == cases.losses(whole)
+
+
+def test_a_folder_belongs_to_one_model(copied: Path, parts: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="begun with other settings of model"):
+        again(copied, parts, "model.config.hidden_size=64")
+    with pytest.raises(UserError, match="resume=never"):
+        again(copied, parts, "resume=never")
+    with pytest.raises(UserError, match="seed"):
+        again(copied, parts, "seed=1", "max_steps=12")
+
+
+def test_more_steps_go_on_from_the_end(copied: Path, parts: tuple[Path, Path]) -> None:
+    again(copied, parts, "max_steps=12", "optim.schedule=wsd")
+    assert sorted(cases.log(copied)) == list(range(1, 13))
+
+
+def poison(parts: tuple[Path, Path], run: Path, monkeypatch: pytest.MonkeyPatch, steps: set[int], **settings) -> None:
+    """A run whose gradient is not a number at the given steps."""
+    from higgs.train.lm import LanguageModelTask
+
+    plain = LanguageModelTask._combine
+    state = {"step": -1}
+
+    def train_step(self, batch, step, plain=LanguageModelTask.train_step):
+        state["step"] = step
+        return plain(self, batch, step)
+
+    monkeypatch.setattr(LanguageModelTask, "train_step", train_step)
+    monkeypatch.setattr(
+        LanguageModelTask,
+        "_combine",
+        lambda self, *sums: plain(self, *sums) * (float("nan") if state["step"] in steps else 1.0),
+    )
+    cases.run_here(cases.arguments(run, *parts, "max_steps=8", *(f"{k}={v}" for k, v in settings.items())))
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_is_counted(
+    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(parts, tmp_path, monkeypatch, {2, 5, 6})
+    rows = cases.log(tmp_path)
+    assert [rows[step]["loss"] is None for step in range(1, 9)] == [s in (3, 6, 7) for s in range(1, 9)]
+    assert rows[8]["skipped"] == 3
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads((newest(tmp_path) / "checkpoint.json").read_text())
+    assert record["scalars"]["task"]["updates"] == 5
+
+
+def test_several_in_a_row_stop_the_run_and_name_the_batch(
+    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"3 steps in a row .*sample-\d\d"):
+        poison(parts, tmp_path, monkeypatch, {3, 4, 5, 6}, max_nonfinite=3)
+
+
+def test_a_sweep_under_torchrun_is_refused() -> None:
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "train.py", "-m", "seed=0,1"], cwd=cases.PROJECT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: torchrun") and len(done.stderr.splitlines()) == 1
