@@ -79,7 +79,9 @@ def full_rows(config: HiggsAudioV2Config, rows: int, length: int, seed: int = 0)
     text = length // 5
     ids = torch.randint(0, config.vocab_size - 8, (rows, length), generator=generator)
     ids[:, text - 1], ids[:, text:] = config.audio_bos_token_id, config.audio_token_id
-    frames = torch.randint(0, config.codebook_size - 2, (rows, length - text, config.num_codebooks), generator=generator)
+    frames = torch.randint(
+        0, config.codebook_size - 2, (rows, length - text, config.num_codebooks), generator=generator
+    )
     return {
         "input_ids": ids,
         "labels": torch.full_like(ids, -100).index_fill(1, torch.tensor(text - 1), config.audio_bos_token_id),
@@ -161,7 +163,9 @@ def mean_loss(sums: tuple[Tensor, Tensor, Tensor], batch: dict[str, Tensor]) -> 
 def peak_of(kind: str, size: str, rows: int, steps: int = 3) -> float:
     """Peak resident megabytes of a process that trains `steps` steps, above what it held after its imports."""
     command = [sys.executable, __file__, "--measure", kind, size, "--rows", str(rows), "--repeats", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -274,10 +278,12 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {args.threads} threads"
     print(f"torch {torch.__version__}, {machine}\n")
     if args.only == "3b" or (gpu and args.only is None):
-        print("| size | strategy | rows | recomputation | compiled | tokens/s | MFU | peak memory, GB |\n" + "|---" * 8 + "|")
-        on_gpu(
-            args.size, args.rows, args.length, args.checkpointing, args.compile, args.strategy, args.repeats
+        print(
+            "| size | strategy | rows | recomputation | compiled | tokens/s | MFU | peak memory, GB |\n"
+            + "|---" * 8
+            + "|"
         )
+        on_gpu(args.size, args.rows, args.length, args.checkpointing, args.compile, args.strategy, args.repeats)
         return
     print("| size | A | B | A, tokens/s | B, tokens/s | B / A | A, peak MB | B, peak MB | B, of the CPU's peak |")
     print("|---" * 9 + "|")

@@ -30,13 +30,14 @@ QUOTED = r"""'[^'\\]*'|"[^"\\]*"|null"""
 def quote_free_text(arguments: list[str], keys: set[str]) -> list[str]:
     """Quotes the values of `keys`, so that a sentence with commas, colons and brackets is not read as Hydra syntax.
 
-    A value that is one quoted string already, or empty, or null, stays. `${` is escaped, since text holds no
-    interpolations.
+    A value that is one quoted string already, or empty, or null, stays, and so does a list of sources for `data.train` or
+    `data.valid`. `${` is escaped, since text holds no interpolations.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key in keys and equals and value and not re.fullmatch(QUOTED, value, re.DOTALL):
+        structured = key.startswith("data.") and value.startswith(("[", "{"))
+        if key in keys and equals and value and not structured and not re.fullmatch(QUOTED, value, re.DOTALL):
             # A backslash counts only before what it can escape: `${` for OmegaConf, a quote for Hydra.
             value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
             value = re.sub(r"(\\*)'", r"\1\1\\'", value)
@@ -74,8 +75,15 @@ def first_choice(override: Override) -> str:
     return f"{key}={next(iter(override.sweep_string_iterator()))}"
 
 
+def name_by_swept(arguments: list[str]) -> str:
+    """The override that keeps out of a run's name (`override_dirname`) what all runs of the sweep share."""
+    given = OverridesParser.create().parse_overrides([one for one in arguments if not one.startswith("-")])
+    shared = [one.key_or_group for one in given if not one.is_sweep_override()]
+    return f"hydra.job.config.override_dirname.exclude_keys=[{','.join(shared)}]"
+
+
 def sweep_folder(run_dir: str) -> str:
-    """Where one run of a sweep goes: below `run_dir`, named by what it overrides. Outside a sweep, `run_dir` itself."""
+    """Where one run of a sweep goes: below `run_dir`, named by what is swept over. Outside a sweep, `run_dir` itself."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
         return run_dir
@@ -122,7 +130,11 @@ def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def to_dataclass(schema: type[Schema], config: DictConfig) -> Schema:
-    """A typed object from a composed config; a key that the dataclass lacks (also one added with `+`) is an error."""
+    """A typed object from a composed config; a key that the dataclass lacks (also one added with `+`) is an error, and so
+    is one that still has no value."""
+    absent = sorted(OmegaConf.missing_keys(config))
+    if absent:
+        raise UserError(f"The config key '{absent[0]}' has no value; give it on the command line: {absent[0]}=…")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         return OmegaConf.to_object(merged)
@@ -130,9 +142,6 @@ def to_dataclass(schema: type[Schema], config: DictConfig) -> Schema:
         if "not in '" in str(error):
             key = getattr(error, "full_key", None) or str(error).split("'")[1]
             raise UserError(f"There is no config key '{key}'. Leave it out, or check its spelling.") from error
-        if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in str(error):
-            key = str(error).split(":")[-1].split()[0]
-            raise UserError(f"The config key '{key}' has no value; give it on the command line: {key}=…") from error
         key = getattr(error, "full_key", None)
         raise UserError((f"{key}: " if key else "") + str(error).splitlines()[0].rstrip(".") + ".") from error
 
@@ -163,6 +172,8 @@ def run(main: Callable[[], Any], config_name: str, free_text: set[str] | None = 
             )
         if all(flag in ("-m", "--multirun") for flag in flags):  # others (--help, --cfg job) are Hydra's own
             check_overrides(config_name, sys.argv[1:])
+        if sweeping(flags):
+            sys.argv.append(name_by_swept(sys.argv[1:]))
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             main()

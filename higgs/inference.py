@@ -21,7 +21,7 @@ from higgs.api import HiggsAudioV2ForConditionalGeneration
 from higgs.audio import FORMATS
 from higgs.batch import BatchFeature
 from higgs.chat import ChatBuilder
-from higgs.data.coded import audio_items
+from higgs.data.clips import audio_items
 from higgs.data.manifest import Sample
 from higgs.delay import split_clips
 from higgs.errors import UserError

@@ -1,4 +1,4 @@
-"""The first training slice: from a manifest to a checkpoint that says its samples again, and its failures."""
+"""`+experiment=overfit`, from the shipped clips to a checkpoint that says them again; records; mistakes."""
 
 import json
 import subprocess
@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import train_cases as cases
 from hydra import compose, initialize_config_dir
 
 from higgs import HiggsAudioV2ForConditionalGeneration, cli
 from higgs.checkpoint.io import load_codec
-from higgs.data.coded import code_samples, load_clips, training_batch
 from higgs.data.manifest import read_manifest
 from higgs.errors import UserError
 from higgs.processor import HiggsAudioV2Processor
 from higgs.train.codec_warmup import WarmupConfig, warm_up
-from higgs.train.loop import OptimConfig, batch_loss, learning_rate
-from higgs.train.run import Match, Parts, TrainConfig, equal_codes, train
+from higgs.train.reproduce import Match, equal_codes
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = cases.PROJECT
 SPEECH = PROJECT / "examples" / "speech"
 SMALL = [
-    "codec_warmup.autoencoder_steps=2", "codec_warmup.decoder_steps=1", "codec_warmup.batch_size=2",
-    "model.config.hidden_size=128", "model.config.intermediate_size=256", "model.config.num_hidden_layers=2",
-    "model.config.head_dim=32", "optim.lr=4e-3", "optim.warmup_steps=10",
+    "+experiment=overfit", "codec_warmup.autoencoder_steps=2", "codec_warmup.decoder_steps=1",
+    "codec_warmup.batch_size=2", "model.config.hidden_size=128", "model.config.intermediate_size=256",
+    "model.config.num_hidden_layers=2", "model.config.head_dim=32", "optim.lr=4e-3", "optim.warmup_steps=10",
+    "device=cpu", "data.batch_size=3",
 ]  # fmt: skip
 
 
@@ -39,23 +39,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_training(*overrides: str) -> list[Match]:
-    with initialize_config_dir(str(PROJECT / "configs"), version_base="1.3"):
-        config = compose("train", ["+experiment=overfit", *SMALL, *overrides])
-    parts = Parts(
-        codec=lambda: cli.build(config.codec),
-        tokenizer=cli.build(config.tokenizer),
-        model=lambda ids: cli.build(config.model, config=ids),
-        chat=cli.build(config.chat),
-    )
-    return train(cli.to_dataclass(TrainConfig, config), parts)
-
-
 @pytest.fixture(scope="module")
 def finished(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Match]]:
     run = tmp_path_factory.mktemp("run")
-    matches = run_training(f"data.train={manifest}", f"run_dir={run}", "max_steps=300")
-    return run, matches
+    more = ["max_steps=300", "sample_every=50", "sample_count=1", f"data.valid={manifest}", "valid_every=20"]
+    return run, cases.run_here([*SMALL, *more, f"data.train={manifest}", f"run_dir={run}"])
 
 
 def test_every_code_comes_back_from_the_text_alone(finished: tuple[Path, list[Match]]) -> None:
@@ -69,14 +57,46 @@ def test_every_code_comes_back_from_the_text_alone(finished: tuple[Path, list[Ma
 
 def test_the_run_leaves_its_records(finished: tuple[Path, list[Match]]) -> None:
     run, matches = finished
-    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert {"loss", "text_loss", "audio_loss", "codebook_loss", "lr", "grad_norm"} <= set(rows[0])
-    assert len(rows[0]["codebook_loss"]) == 8
-    assert rows[-1]["loss"] < rows[0]["loss"] / 5
+    rows = cases.records(run)
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, len(train) + 1))
+    for row in train:
+        fields = (
+            "step loss text_loss audio_loss codebook_loss lr grad_norm tokens_per_s frames_per_s mfu data_wait_s "
+            "memory_gb samples_seen"
+        )
+        assert all(row[field] is not None for field in fields.split())
+        assert len(row["codebook_loss"]) == 8
+        assert 0 < row["mfu"] < 1.5 and 0 < row["frames_per_s"] < row["tokens_per_s"] and row["memory_gb"] > 0.05
+        assert row["samples_seen"] == 3 * row["step"]
+    assert train[-1]["loss"] < train[0]["loss"] / 5
+    # Each loss is made of its parts.
+    first = train[0]
+    assert first["loss"] == pytest.approx(sum(first["codebook_loss"]) + first["text_loss"], rel=1e-5)
+    assert first["audio_loss"] == pytest.approx(sum(first["codebook_loss"]) / 8, rel=1e-5)
+    valid = [row for row in rows if row["split"] == "valid"]
+    assert [row["step"] for row in valid] == [*range(20, len(train), 20), len(train)]
+    # Validation comes after the update and training's loss before it: on one batch, one is the next of the other.
+    assert valid[0]["loss"] == pytest.approx(train[20]["loss"], rel=1e-4)
     assert (run / "loss.png").stat().st_size > 1000
     assert len((run / "matches.jsonl").read_text().splitlines()) == len(matches)
-    assert sorted(path.suffix for path in (run / "samples").iterdir()) == [".png"] * 3 + [".wav"] * 3
+    sounds = sorted(path.name for path in (run / "samples").glob("*.wav"))
+    assert len([name for name in sounds if name.startswith("step-")]) >= 1
+    assert len([name for name in sounds if not name.startswith("step-")]) == 3
+    assert all((run / "samples" / name).with_suffix(".png").is_file() for name in sounds)
+
+
+def test_config_versions_and_git_state_are_recorded(finished: tuple[Path, list[Match]]) -> None:
+    import yaml
+
+    run, _ = finished
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["max_steps"] == 300 and config["model"]["config"]["hidden_size"] == 128
+    environment = json.loads((run / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["versions"]["torch"])
+    assert "max_steps=300" in environment["overrides"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+    assert environment["git"]["commit"] == (commit or None)
 
 
 def test_infer_py_says_it_again(finished: tuple[Path, list[Match]], tmp_path: Path) -> None:
@@ -87,8 +107,8 @@ def test_infer_py_says_it_again(finished: tuple[Path, list[Match]], tmp_path: Pa
         cwd=PROJECT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for path in sorted((run / "samples").glob("*.wav")):
-        again, first = (soundfile.read(folder / path.name)[0] for folder in (tmp_path / "out", path.parent))
+    for path in sorted((tmp_path / "out").glob("*.wav")):
+        again, first = (soundfile.read(folder / path.name)[0] for folder in (path.parent, run / "samples"))
         # Another process may sum in another order (it has more threads): the last bit of a sample.
         np.testing.assert_allclose(again, first, atol=2 / 2**15)
 
@@ -127,34 +147,25 @@ def test_the_text_head_opens_the_audio_itself(finished: tuple[Path, list[Match]]
 
 def test_a_codec_is_used_again(finished: tuple[Path, list[Match]], manifest: Path, tmp_path: Path) -> None:
     run, _ = finished
-    run_training(f"data.train={manifest}", f"run_dir={tmp_path}", f"codec_path={run}/codec", "max_steps=1")
+    codec = f"codec_path={run}/processor/audio_tokenizer"
+    cases.run_here([*SMALL, f"data.train={manifest}", f"run_dir={tmp_path}", codec, "max_steps=1", "reproduce=false"])
     again = load_codec(tmp_path / "export" / "audio_tokenizer").state_dict()
-    for name, tensor in load_codec(run / "codec").state_dict().items():
+    for name, tensor in load_codec(run / "processor" / "audio_tokenizer").state_dict().items():
         assert torch.equal(tensor, again[name])
 
 
-def test_labels_of_a_batch_have_one_stop_code_per_codebook_and_clip(
-    finished: tuple[Path, list[Match]], manifest: Path
-) -> None:
-    processor = HiggsAudioV2Processor.from_pretrained(finished[0] / "export")
-    samples = read_manifest(manifest)
-    coded = code_samples(processor, samples, load_clips(samples, processor.audio_tokenizer.sample_rate))
-    batch = training_batch(processor, coded)
-    stops = (batch["audio_labels"] == processor.audio_stream_eos_id).sum(dim=1)
-    assert torch.equal(stops, torch.ones_like(stops))
-    frames = torch.tensor([sample.messages[-1]["content"][0]["codes"].shape[1] for sample in coded])
-    assert torch.equal((batch["audio_labels"] >= 0).sum(dim=1), frames[:, None].expand(-1, 8) + 1)
+def test_tokens_of_another_codec_are_refused(finished: tuple[Path, list[Match]], tmp_path: Path) -> None:
+    run, _ = finished
+    codec = cases.write_codec(tmp_path / "codec")
+    with pytest.raises(UserError, match="another codec"):
+        overrides = [*SMALL, f"data.train={run}/tokens/train-0", f"run_dir={tmp_path}/run", f"codec_path={codec}"]
+        cases.run_here(overrides)
 
 
-def test_loss_does_not_depend_on_padding_or_batching(finished: tuple[Path, list[Match]], manifest: Path) -> None:
-    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(finished[0] / "export", use_text_head=True).double()
-    processor = HiggsAudioV2Processor.from_pretrained(finished[0] / "export")
-    samples = read_manifest(manifest)
-    coded = code_samples(processor, samples, load_clips(samples, processor.audio_tokenizer.sample_rate))
-    whole = batch_loss(model, training_batch(processor, coded))
-    alone = [batch_loss(model, training_batch(processor, [sample])) for sample in coded]
-    for name in ("codebook_sum", "codebook_count", "text_sum", "text_count"):
-        torch.testing.assert_close(getattr(whole, name), sum(getattr(one, name) for one in alone), rtol=1e-6, atol=1e-6)
+def test_data_alone_cannot_bring_a_codec(finished: tuple[Path, list[Match]], tmp_path: Path) -> None:
+    run, _ = finished
+    with pytest.raises(UserError, match="codec_path"):
+        cases.run_here([*SMALL, f"data.train={run}/tokens/train-0", f"run_dir={tmp_path}/run"])
 
 
 def test_warm_up_refuses_codes_that_mean_little() -> None:
@@ -164,15 +175,6 @@ def test_warm_up_refuses_codes_that_mean_little() -> None:
     settings = WarmupConfig(autoencoder_steps=0, decoder_steps=0, batch_size=1)
     with pytest.raises(UserError, match="codes would mean little"):
         warm_up(codec, silence, settings, torch.Generator().manual_seed(0), lambda *_: None)
-
-
-def test_learning_rate_warms_up_and_falls() -> None:
-    config = OptimConfig(lr=1.0, warmup_steps=10, final_lr_share=0.1)
-    rates = [learning_rate(step, 100, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == 1.0
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
 def test_equal_codes_counts_missing_frames_as_wrong() -> None:
@@ -190,12 +192,18 @@ def test_equal_codes_counts_missing_frames_as_wrong() -> None:
         (["+experiment=overfit", "+max_step=3"], "max_step"),
         (["+model.config.hidden=3"], "hidden"),
         (["+experiment=nonsense"], "nonsense"),
+        (["-m", "sed=0,1"], "Did you mean 'seed'"),
+        (["+experiment=finetune"], "init_from"),
+        (["+experiment=mini"], "data.train"),
+        (["precision=fp16"], "precision"),
+        (["task=asr"], "task"),
     ],
 )
 def test_train_py_says_one_sentence(overrides: list[str], said: str, tmp_path: Path) -> None:
-    command = [sys.executable, "train.py", f"run_dir={tmp_path}", f"data.train={tmp_path}/none.jsonl", *overrides]
+    given = [] if "data.train" in said else [f"data.train={tmp_path}/none.jsonl"]
+    command = [sys.executable, "train.py", f"run_dir={tmp_path}", *given, *overrides]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert said in done.stderr or said == "hidden"
     assert "Traceback" not in done.stderr

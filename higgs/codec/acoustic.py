@@ -156,14 +156,6 @@ class AcousticDecoder(nn.Module):
         return x.map(self.snake1).conv(self.conv2)
 
 
-def signal_path(branch: AcousticEncoder | AcousticDecoder) -> Iterator[nn.Conv1d | nn.ConvTranspose1d]:
-    """The convolutions that every signal passes, leaving out those inside residual units."""
-    yield branch.conv1
-    for stage in branch.block:
-        yield stage.conv1 if isinstance(stage, EncoderStage) else stage.conv_t1
-    yield branch.conv2
-
-
 def convolutions(branch: nn.Module) -> Iterator[nn.Conv1d | nn.ConvTranspose1d]:
     return (module for module in branch.modules() if isinstance(module, nn.Conv1d | nn.ConvTranspose1d))
 

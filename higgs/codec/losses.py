@@ -77,9 +77,8 @@ class MelLoss(nn.Module):
         self.scales = nn.ModuleList(MelScale(*scale, sample_rate) for scale in zip(windows, bands, strict=True))
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Loss [] of waveforms [B, 1, L]; spectra are computed in float32 whatever autocast asks for."""
+        """Loss [] of waveforms [B, 1, L] of the filters' dtype; autocast is off inside."""
         with torch.autocast(output.device.type, enabled=False):
-            output, target = output.float(), target.float()
             total = output.new_zeros(())
             for scale in self.scales:
                 with torch.no_grad():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from higgs.audio import resample, resampled_length
-from higgs.codec.acoustic import AcousticDecoder, AcousticEncoder, signal_path
+from higgs.codec.acoustic import AcousticDecoder, AcousticEncoder
 from higgs.codec.config import HiggsAudioV2TokenizerConfig
 from higgs.codec.hubert import Hubert
 from higgs.codec.quantizer import Quantized, ResidualQuantizer
@@ -29,6 +29,7 @@ from higgs.codec.semantic import SemanticDecoder, SemanticEncoder
 from higgs.errors import UserError
 
 CPU_GROUP_SECONDS = 1.5  # how much sound is worth coding together on a CPU; see `Ragged.in_groups`
+WAVEFORM_LEVEL = 0.1  # what fresh weights expect a waveform's standard deviation to be
 TEACHER_PADDING = 160  # samples of silence on either side of what the teacher hears
 
 
@@ -207,7 +208,7 @@ class Codec(nn.Module):
         features, quantized = self._embed(waveform, teacher).values.transpose(1, 2), None
         with torch.autocast(features.device.type, enabled=False):
             if quantize:
-                quantized = self.quantizer.quantize(features.float(), num_codebooks)
+                quantized = self.quantizer.quantize(features.to(self.dtype), num_codebooks)
                 features = quantized.features
         sound = self.acoustic_decoder(Ragged(self.fc2(features).transpose(1, 2))).values
         length = input_values.shape[-1]
@@ -289,20 +290,20 @@ class Codec(nn.Module):
         """Random weights to train from; codebooks stay empty until `fit_codebooks` has seen some speech.
 
         Convolutions on the signal path keep the variance, so that narrow and deep codecs start with a signal; those
-        inside residual units start small (0.02, as DAC does), so that the units start as the identity. `project_out`
-        is the transpose of an orthogonal `project_in`: a stage subtracts exactly what it has coded.
+        inside residual units start small (0.02, as DAC does), so that the units start as the identity. Waveforms are
+        taken for a tenth of full scale and everything between for one, so that neither branch drowns the other.
+        `project_out` is the transpose of an orthogonal `project_in`: a stage subtracts exactly what it has coded.
         """
-        on_path = {id(conv) for conv in [*signal_path(self.acoustic_encoder), *signal_path(self.acoustic_decoder)]}
+        gains = {id(self.acoustic_encoder.conv1): 1 / WAVEFORM_LEVEL, id(self.acoustic_decoder.conv2): WAVEFORM_LEVEL}
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv1d):
-                weight = module.weight
-                fan_in = weight.shape[1] * weight.shape[2]
-                if id(module) in on_path:
-                    std = fan_in**-0.5
-                elif name.startswith("acoustic"):
+                fan_in = module.weight.shape[1] * module.weight.shape[2]
+                if ".res_unit" in name:
                     std = 0.02
-                else:
+                elif name.startswith("semantic_model"):
                     std = (2 / fan_in) ** 0.5
+                else:
+                    std = gains.get(id(module), 1.0) * fan_in**-0.5
                 _draw_weight(module, std, generator)
             elif isinstance(module, nn.ConvTranspose1d):
                 # Every output sample sums kernel/stride = 2 taps of each input channel.

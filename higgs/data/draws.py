@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from higgs.errors import UserError
 
@@ -87,7 +87,7 @@ class Mixer:
         self.shares = [int(share * unit) for share in shares]
         self.first = [sum(self.sizes[:source]) for source in range(len(sizes))]
         self.counts = [0] * len(sizes)
-        self._orders: dict[int, tuple[int, Tensor]] = {}
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     @property
     def drawn(self) -> int:
@@ -104,9 +104,9 @@ class Mixer:
         self.counts[source] += 1
         return Draw(number, self.first[source] + int(self._order(source, epoch)[place]))
 
-    def _order(self, source: int, epoch: int) -> Tensor:
+    def _order(self, source: int, epoch: int) -> np.ndarray:
         """The permutation of a source in an epoch; the latest one is kept."""
         if source not in self._orders or self._orders[source][0] != epoch:
             generator = random_generator("order", self.seed, source, epoch)
-            self._orders[source] = (epoch, torch.randperm(self.sizes[source], generator=generator))
+            self._orders[source] = (epoch, torch.randperm(self.sizes[source], generator=generator).numpy())
         return self._orders[source][1]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from higgs.chat import ChatBuilder
 from higgs.errors import UserError
+from higgs.inputs import SOURCES
 
 FIELDS = {"id", "messages", "start_index"}
 CLIP_FIELDS = {"audio", "start", "duration", "kind", "id"}
@@ -106,11 +107,18 @@ def parse_sample(entry: Any, where: str, folder: Path, name: str | None = None) 
     if "id" not in entry and name is None:
         raise UserError(f'{where} lacks an "id".')
     try:
-        ChatBuilder().build(entry["messages"])
+        chat = ChatBuilder().build(entry["messages"])
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    for slot in chat.audio:
+        given = [name for name in SOURCES if slot.item.get(name) is not None]
+        if len(given) != 1:
+            what = f"several ({', '.join(given)})" if given else "none"
+            raise UserError(
+                f"{where}: audio in message {slot.message} must hold one of {', '.join(SOURCES)}; it holds {what}."
+            )
     start = entry.get("start_index", 0)
-    if not isinstance(start, int) or not 0 <= start <= len(entry["messages"]):
+    if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start <= len(entry["messages"]):
         raise UserError(f"{where}: start_index is {start!r}; it must be the number of a message.")
     return Sample(str(entry.get("id", name)), absolute_audio(entry["messages"], folder), start)
 

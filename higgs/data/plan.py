@@ -7,7 +7,8 @@ next to nothing and then loads its own rows.
     pack     rows of `row_length` tokens, filled with as many whole samples as fit
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,28 +97,32 @@ class PackPlanner:
 
     def __init__(self, mixer: Mixer, length: Callable[[int], int], batch_size: int, row_length: int) -> None:
         self.mixer, self.length, self.batch_size, self.row_length = mixer, length, batch_size, row_length
-        self.look_ahead = min(LOOK_AHEAD, sum(mixer.sizes))
-        self._waiting: list[Draw] = []
+        # An epoch at most: copies of a sample would else wait together.
+        self._waiting = Waiting(min(LOOK_AHEAD, sum(mixer.sizes)))
         self._skipped = 0
 
     def __next__(self) -> Plan:
-        rows, skipped = [], []
-        for _ in range(self.batch_size):
-            row: list[Draw] = []
-            room = self.row_length
-            while True:
-                while len(self._waiting) < self.look_ahead:
-                    draw = self.mixer.next()
-                    (self._waiting if self.length(draw.sample) <= self.row_length else skipped).append(draw)
-                chosen = self._waiting[0] if not row else best_fit(self._waiting, self.length, room)
-                if chosen is None:
-                    break
-                self._waiting.remove(chosen)
-                row.append(chosen)
-                room -= self.length(chosen.sample)
-            rows.append(row)
+        skipped: list[Draw] = []
+        rows = [self._row(skipped) for _ in range(self.batch_size)]
         self._skipped += len(skipped)
         return Plan(rows, skipped, self.mixer.drawn, self._skipped, self.state_dict())
+
+    def _row(self, skipped: list[Draw]) -> list[Draw]:
+        row: list[Draw] = []
+        room = self.row_length
+        while True:
+            while not self._waiting.full:
+                draw = self.mixer.next()
+                length = self.length(draw.sample)
+                if length > self.row_length:
+                    skipped.append(draw)
+                else:
+                    self._waiting.add(draw, length)
+            draw = self._waiting.take(room, eldest=not row)
+            if draw is None:
+                return row
+            row.append(draw)
+            room -= self.length(draw.sample)
 
     def state_dict(self) -> dict[str, Any]:
         waiting = [[draw.number, draw.sample] for draw in self._waiting]
@@ -125,14 +130,43 @@ class PackPlanner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mixer.counts = list(state["counts"])
-        self._waiting = [Draw(number, sample) for number, sample in state["waiting"]]
+        self._waiting = Waiting(self._waiting.size)
+        for number, sample in state["waiting"]:
+            self._waiting.add(Draw(number, sample), self.length(sample))
         self._skipped = state["skipped"]
 
 
-def best_fit(waiting: Sequence[Draw], length: Callable[[int], int], room: int) -> Draw | None:
-    """The longest sample that fits into `room` tokens, the first of equals; None where none does."""
-    fitting = [draw for draw in waiting if length(draw.sample) <= room]
-    return max(fitting, key=lambda draw: (length(draw.sample), -draw.number), default=None)
+class Waiting:
+    """At most `size` samples that wait to be packed."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._draws: dict[int, Draw] = {}  # by number, which is also their order
+        self._by_length: list[tuple[int, int]] = []  # (length, -number), sorted: of equals the eldest is last
+
+    @property
+    def full(self) -> bool:
+        return len(self._draws) >= self.size
+
+    def __iter__(self) -> Iterator[Draw]:
+        return iter(self._draws.values())
+
+    def add(self, draw: Draw, length: int) -> None:
+        assert not self._draws or draw.number > next(reversed(self._draws))
+        self._draws[draw.number] = draw
+        insort(self._by_length, (length, -draw.number))
+
+    def take(self, room: int, eldest: bool) -> Draw | None:
+        """The eldest of all, or the longest that fits into `room` tokens (None where none does)."""
+        if eldest:
+            number = next(iter(self._draws))
+            place = next(i for i, (_, negative) in enumerate(self._by_length) if negative == -number)
+        else:
+            place = bisect_right(self._by_length, (room, 1)) - 1
+            if place < 0:
+                return None
+        _, negative = self._by_length.pop(place)
+        return self._draws.pop(-negative)
 
 
 def every_sample(

@@ -78,12 +78,14 @@ class StepBatch:
         [B, T] where padded or `position_ids` [B, T] where packed. Codec: `waveform` [B, 1, L].
     ids: of this rank's samples.
     samples: how many the step holds over all ranks.
+    fill: share of this rank's tokens that are no padding (codec: 1).
     unreadable: what this rank could not use; each such sample is reported by one rank.
     """
 
     micro: list[BatchFeature]
     ids: list[str]
     samples: int
+    fill: float = 1.0
     unreadable: list[Unreadable] = field(default_factory=list)
 
 
@@ -278,7 +280,14 @@ class Loader:
             if place % self.size == self.rank
         ]
         ids = [name for rows in micro for name in rows.ids]
-        return Loaded(plan, StepBatch(batches, ids, plan.samples, too_long + failed), len(failed))
+        step = StepBatch(batches, ids, plan.samples, self._fill(mine, batches), too_long + failed)
+        return Loaded(plan, step, len(failed))
+
+    def _fill(self, rows: Sequence[Sequence[Sequence[Draw]]], batches: Sequence[BatchFeature]) -> float:
+        if not self.dataset.in_tokens:
+            return 1.0
+        tokens = sum(self.dataset.length(draw.sample) for micro in rows for row in micro for draw in row)
+        return tokens / sum(batch["input_ids"].numel() for batch in batches)
 
     def _numbers(self) -> range:
         """Which micro-batches of a step belong to this rank."""

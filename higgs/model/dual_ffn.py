@@ -36,6 +36,7 @@ class Routing:
     audio_mask: Tensor | None = None  # [B, T] bool
     text_rows: Tensor | None = None  # [number of text rows], into the flattened [B*T]
     audio_rows: Tensor | None = None  # [number of audio rows]
+    rows: Tensor | None = None  # the two, one after the other
     text_to_text: Tensor | None = None  # [B, 1, T, S], added to scores
     audio_to_audio: Tensor | None = None  # [B, 1, T, S]
 
@@ -43,7 +44,8 @@ class Routing:
     def by_rows(cls, audio_mask: Tensor, real: Tensor | None = None) -> Routing:
         """`real` [B, T] is True (or 1) at tokens that are no padding; None: all are."""
         text_mask = ~audio_mask if real is None else ~audio_mask & real.bool()
-        return cls(audio_mask, text_mask.flatten().nonzero()[:, 0], audio_mask.flatten().nonzero()[:, 0])
+        text_rows, audio_rows = text_mask.flatten().nonzero()[:, 0], audio_mask.flatten().nonzero()[:, 0]
+        return cls(audio_mask, text_rows, audio_rows, torch.cat((text_rows, audio_rows)))
 
     @classmethod
     def everywhere(cls, audio_mask: Tensor) -> Routing:
@@ -79,8 +81,21 @@ class DualFFNLayer(nn.Module):
         """x [B, T, C] -> [B, T, C]; `rotary`, `mask` and `cache` as in `Attention`."""
         normed = dual_norm(x, self.input_layernorm, self.audio_input_layernorm, routing)
         x = x + self.self_attn(normed, rotary, mask, cache)
-        normed = dual_norm(x, self.post_attention_layernorm, self.audio_post_attention_layernorm, routing)
-        return x + dual_feed_forward(normed, self.mlp, self.audio_mlp, routing)
+        return self.feed_forward(x, routing)
+
+    def feed_forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """[B, T, C] -> [B, T, C]: to each row is added what its modality's norm and feed-forward make of it."""
+        if routing.audio_mask is None:
+            return x + self.audio_mlp(self.audio_post_attention_layernorm(x))
+        if routing.rows is None:
+            text = self.mlp(self.post_attention_layernorm(x))
+            audio = self.audio_mlp(self.audio_post_attention_layernorm(x))
+            return x + torch.where(routing.audio_mask[..., None], audio, text)
+        rows = x.flatten(0, 1)
+        text, audio = rows.index_select(0, routing.rows).split((len(routing.text_rows), len(routing.audio_rows)))
+        text = self.mlp(self.post_attention_layernorm(text))
+        audio = self.audio_mlp(self.audio_post_attention_layernorm(audio))
+        return rows.index_add(0, routing.rows, torch.cat((text, audio)).to(x.dtype)).view_as(x)
 
 
 def dual_norm(x: Tensor, text: RMSNorm, audio: RMSNorm, routing: Routing) -> Tensor:
@@ -89,16 +104,3 @@ def dual_norm(x: Tensor, text: RMSNorm, audio: RMSNorm, routing: Routing) -> Ten
         return audio(x)
     weight = torch.where(routing.audio_mask[..., None], audio.weight, text.weight)
     return weight * rms_normalize(x, text.eps)
-
-
-def dual_feed_forward(x: Tensor, text: FeedForward, audio: FeedForward, routing: Routing) -> Tensor:
-    """[B, T, C] -> [B, T, C], each row through the feed-forward of its modality."""
-    if routing.audio_mask is None:
-        return audio(x)
-    if routing.text_rows is None:
-        return torch.where(routing.audio_mask[..., None], audio(x), text(x))
-    rows = x.flatten(0, 1)
-    text_out, audio_out = text(rows[routing.text_rows]), audio(rows[routing.audio_rows])
-    out = torch.zeros_like(rows, dtype=text_out.dtype)
-    out = out.index_copy(0, routing.text_rows, text_out).index_copy(0, routing.audio_rows, audio_out)
-    return out.view_as(x)

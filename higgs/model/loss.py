@@ -93,7 +93,7 @@ def decoder_loss(
         spread[placeholders] = frames
         targets = spread[:, 1:].flatten(0, 1)
         rows = (targets != IGNORE).any(dim=-1).nonzero()[:, 0]
-        logits, targets = model.audio_logits(before[rows]).float(), targets[rows]
+        logits, targets = model.audio_logits(before.index_select(0, rows)).float(), targets[rows]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
         sums.codebook_sum = losses.view_as(targets).sum(dim=0)
         sums.codebook_count = (targets != IGNORE).sum(dim=0)
@@ -101,7 +101,7 @@ def decoder_loss(
     if labels is not None and model.text_lm_head is not None:
         targets = labels[:, 1:].flatten()
         rows = (targets != IGNORE).nonzero()[:, 0]
-        logits = model.text_lm_head(before[rows]).float()
+        logits = model.text_lm_head(before.index_select(0, rows)).float()
         sums.text_sum = F.cross_entropy(logits, targets[rows], reduction="sum")
         sums.text_count = torch.tensor(rows.numel(), device=hidden.device)
     return sums

@@ -126,7 +126,9 @@ class CodecTask:
         self.discriminators = Discriminators(config.discriminator)
         self.discriminators.init_weights(random_generator("discriminators", seed))
         self.discriminators.to(world.device)
-        self.mel_loss = MelLoss(config.loss.mel_windows, config.loss.mel_bands, codec.sample_rate).to(world.device)
+        self.mel_loss = MelLoss(config.loss.mel_windows, config.loss.mel_bands, codec.sample_rate).to(
+            world.device, codec.dtype
+        )
         self.weights = {name: p for name, p in codec.named_parameters() if p.requires_grad}
         self.critic_weights = dict(self.discriminators.named_parameters())
         self.optimizer = make_optimizer(self.weights, optim)
@@ -200,9 +202,9 @@ class CodecTask:
         weight = self.config.loss
         with self._autocast():
             made = self.codec.reconstruct(wave, num_codebooks, quantize)
-        sound = made.waveform.float()
+        sound = full(made.waveform)
         mel = self.mel_loss(sound, wave)
-        semantic = semantic_loss(made.semantic.float(), made.teacher)
+        semantic = semantic_loss(full(made.semantic), full(made.teacher))
         commitment = mel.new_zeros(()) if made.quantized is None else made.quantized.commitment.mean()
         loss = weight.mel_weight * mel + weight.semantic_weight * semantic + weight.commitment_weight * commitment
         feature = adversarial = critic = mel.new_zeros(())
@@ -252,7 +254,7 @@ class CodecTask:
         """k-means on the features of the whole step, gathered over ranks."""
         with self._autocast():
             parts = [self.codec.embed(wave).values.transpose(1, 2).flatten(0, 1) for wave in waves]
-        features = torch.cat([self.world.gather(part.float().contiguous()) for part in parts])
+        features = torch.cat([self.world.gather(full(part).contiguous()) for part in parts])
         generator = random_generator("kmeans", self.seed, step)
         self.codec.quantizer.fit(features, self.config.kmeans_iterations, generator)
         for buffer in self.codec.quantizer.buffers():
@@ -329,8 +331,11 @@ class CodecTask:
         """The codec without weight norm, as transformers' class reads it; beside the folder the trend of validation."""
         if not self.world.main:
             return
+        # A copy by deepcopy would share the classes that hold weight norm, and lose it with its original.
+        plain = Codec(self.codec.config)
+        add_weight_norm(plain.acoustic_encoder, plain.acoustic_decoder)
         with self._averaged():
-            plain = copy.deepcopy(self.codec)
+            plain.load_state_dict(self.codec.state_dict(), strict=True)
         remove_weight_norm(plain.acoustic_encoder, plain.acoustic_decoder)
         save_codec(plain, folder)
         self.save_trend(folder.parent / "trend.png")
@@ -342,7 +347,12 @@ class CodecTask:
 
 
 def scores(verdicts: list[Verdict]) -> list[Tensor]:
-    return [verdict.scores.float() for verdict in verdicts]
+    return [full(verdict.scores) for verdict in verdicts]
+
+
+def full(values: Tensor) -> Tensor:
+    """What autocast made of half width, at full width."""
+    return values.float() if values.element_size() < 4 else values
 
 
 def update_counts(optimizer: torch.optim.AdamW) -> list[int]:

@@ -38,9 +38,16 @@ class Run:
         return self.train[-1]["step"] if self.train else 0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, each with metrics.jsonl and config.yaml")
-    parser.add_argument("--plot", type=Path, default=Path("compare.png"), help="where the curves go (compare.png)")
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="final metrics of runs beside the keys in which they differ, and their curves",
+        description="Prints a table of final metrics (the median of the last twenty steps, the last validation) against the "
+        "keys that the runs override or in which they differ, best first, and draws their losses.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as runs/sweep_dualffn/*")
+    parser.add_argument("--plot", type=Path, default=Path("compare.png"), help="picture of the curves (%(default)s)")
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -48,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not runs:
         raise UserError("None of the given paths is a run folder; give folders such as runs/*.")
     print(table(runs))
+    if shared := shared_overrides(runs):
+        print(f"\nall: {shared}")
     arguments.plot.parent.mkdir(parents=True, exist_ok=True)
     save_curves(arguments.plot, curves(runs), "step")
     print(f"\ncurves: {arguments.plot}")
@@ -74,12 +83,16 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def shown_keys(runs: Sequence[Run]) -> list[str]:
-    """The keys that some run overrode or in which the runs differ."""
+def differing_keys(runs: Sequence[Run]) -> list[str]:
     every = {key for one in runs for key in one.settings}
     differ = {key for key in every if len({repr(one.settings.get(key)) for one in runs}) > 1}
-    overridden = {key for one in runs for key in one.overridden} & every
-    return sorted((differ | overridden) - set(SKIPPED))
+    return sorted(differ - set(SKIPPED))
+
+
+def shared_overrides(runs: Sequence[Run]) -> str:
+    """What was overridden alike in all runs, as `key=value, …`."""
+    keys = {key for one in runs for key in one.overridden} & set(runs[0].settings)
+    return ", ".join(f"{key}={runs[0].settings[key]}" for key in sorted(keys - set(differing_keys(runs)) - set(SKIPPED)))
 
 
 def final_metrics(one: Run) -> dict[str, float]:
@@ -97,7 +110,7 @@ def final_metrics(one: Run) -> dict[str, float]:
 
 def table(runs: Sequence[Run]) -> str:
     """A Markdown table, best validation (else training) loss first."""
-    keys, finals = shown_keys(runs), [final_metrics(one) for one in runs]
+    keys, finals = differing_keys(runs), [final_metrics(one) for one in runs]
     columns = [c for prefix in ("valid_", "") for c in (prefix + name for name in COLUMNS) if any(c in f for f in finals)]
     ranked = sorted(zip(runs, finals, strict=True), key=lambda pair: rank_of(pair[1]))
     rows = [["run", *keys, "steps", *columns]]

@@ -24,8 +24,8 @@ from higgs.checkpoint.files import stored_tensors
 from higgs.checkpoint.io import load_codec
 from higgs.checkpoint.meta import on_meta
 from higgs.codec import Codec
-from higgs.data.coded import audio_items, load_clips
-from higgs.data.draws import Source, read_sources
+from higgs.data.clips import audio_items, load_clips
+from higgs.data.draws import Source
 from higgs.data.manifest import Sample, read_manifest, texts_of
 from higgs.data.shards import CodedFolder
 from higgs.data.tokenize import codec_identity, tokenize

@@ -4,7 +4,6 @@
     codec: sources -> crops    -> CodecTask                    ─┴-> Loop -> checkpoints, metrics, samples, export/
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
