@@ -87,6 +87,7 @@ def make_codec(shape: str | dict, seed: int = 0) -> Codec:
                 parameter.mul_(1 + 0.3 * noise.abs())
             elif ".res_unit" in name or "project" in name or name.endswith("bias"):
                 parameter.add_(0.1 * noise)
+        codec.acoustic_decoder.conv2.weight.mul_(0.3)  # waveforms of about the size of real ones, from random codes
         for stage in codec.quantizer.quantizers:
             stage.codebook.embed.normal_(generator=generator)
             stage.codebook.embed_avg.normal_(generator=generator)

@@ -108,9 +108,10 @@ def test_a_step_reports_everything():
 
 def test_bandwidths_are_drawn_from_seed_and_step():
     task = make_task()
-    drawn = [task.num_codebooks_at(step) for step in range(40)]
-    assert set(drawn) == {2, 3} and drawn == [make_task().num_codebooks_at(step) for step in range(40)]
-    assert {make_task(random_bandwidth=False).num_codebooks_at(step) for step in range(10)} == {3}
+    again, drawn = make_task(), [task.num_codebooks_at(step) for step in range(40)]
+    assert set(drawn) == {2, 3} and drawn == [again.num_codebooks_at(step) for step in range(40)]
+    fixed = make_task(random_bandwidth=False)
+    assert {fixed.num_codebooks_at(step) for step in range(10)} == {3}
 
 
 def test_stages_that_a_step_leaves_out_do_not_change():

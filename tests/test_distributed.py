@@ -1,8 +1,11 @@
 """Several processes (gloo, on the CPU) train what one process trains."""
 
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from test_resume import kill_at, newest, wait_for_step
 from higgs import HiggsAudioV2ForConditionalGeneration
 
 STEPS = 6
+SEEN = ["valid_every=3", "sample_every=3", "sample_count=1", "generation.max_new_tokens=12"]  # beside the steps
 MORE = [f"max_steps={STEPS}", "save_every=3", "keep_checkpoints=5", "optim.ema_decay=0.9"]
 
 
@@ -50,12 +54,21 @@ def assert_close(a: Path, b: Path, tolerance: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def ddp(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return together(tmp_path_factory.mktemp("ddp") / "run", parts, 2, "ddp")
+    """As torchrun starts it."""
+    run = tmp_path_factory.mktemp("ddp") / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "train.py"]
+    overrides = cases.arguments(run, *parts, *MORE, "parallel.strategy=ddp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *overrides], cwd=cases.PROJECT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return run
 
 
 @pytest.fixture(scope="module")
 def fsdp(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return together(tmp_path_factory.mktemp("fsdp") / "run", parts, 2, "fsdp", f"data.valid={parts[0]}", "valid_every=3")
+    return together(tmp_path_factory.mktemp("fsdp") / "run", parts, 2, "fsdp", f"data.valid={parts[0]}", *SEEN)
 
 
 def test_two_ranks_train_what_one_trains(alone: Path, ddp: Path, fsdp: Path) -> None:

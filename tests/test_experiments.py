@@ -73,8 +73,8 @@ def test_codecs_take_three_steps(experiment: str, shared_data: Path, tmp_path: P
     small = [
         "codec=debug", "max_steps=3", "save_every=null", "valid_every=2", "sample_every=2", "accumulate=1", "device=cpu",
         "data.workers=0", "data.batch_size=2", "data.crop_seconds=0.5", "parallel.strategy=none", "precision=fp32",
-        "codec_training.quantizer_start=1", "codec_training.discriminator_start=1", "codec_training.discriminator.channels=4",
-        "codec_training.teacher=null",
+        "codec_training.quantizer_start=1", "codec_training.discriminator_start=1", "codec_training.teacher=null",
+        "codec_training.discriminator.period_widths=[4,8,8,8]", "codec_training.discriminator.band_width=4",
     ]  # fmt: skip
     cases.run_here([f"+experiment={experiment}", *small, f"run_dir={tmp_path}/run", *both(manifest)])
     rows = check_records(tmp_path / "run")

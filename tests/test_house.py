@@ -26,6 +26,7 @@ LAYERS = {
     "checkpoint": 2,
     "data": 3, "api": 3, "prompts": 3,
     "train": 4, "inference": 4, "plots": 4, "cli": 4,
+    "__main__": 5,
 }  # fmt: skip
 
 
@@ -147,8 +148,9 @@ def test_every_field_of_the_decoders_config_is_read():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute)
     }
-    # Saved under `generation_config.json` by name; refused above 1 where the config is made.
-    by_name = {"bos_token_id", "pretraining_tp"}
+    # Saved under `generation_config.json` by name; refused above 1 where the config is made; read as `dual_layers`.
+    # `audio_ffn_layers` is read through the config's own `dual_layers`.
+    by_name = {"bos_token_id", "pretraining_tp", "audio_ffn_layers"}
     assert {field.name for field in fields(HiggsAudioV2Config)} - read <= by_name
     assert '"bos_token_id"' in (PROJECT / "higgs" / "api.py").read_text()
     with pytest.raises(ValueError, match="pretraining_tp"):
@@ -167,7 +169,7 @@ def hydra():
 
 
 ENTRIES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "experiment")
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "sweep"))
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
@@ -225,7 +227,14 @@ def test_every_experiment_composes(hydra, experiment: str):
     config = hydra("train", [f"+experiment={experiment}"])
     check_targets(config)
     # An experiment changes what is there; a key that only it has would be read by nothing.
-    assert not (known(config) - known(hydra("train")))
+    options = [f"{group}={option}" for group, option in OPTIONS if group in groups_of("train")]
+    assert not (known(config) - set().union(*(known(hydra("train", [option])) for option in options)))
+
+
+@pytest.mark.parametrize("sweep", sorted(path.stem for path in (CONFIGS / "sweep").glob("*.yaml")))
+def test_every_kind_of_sweep_composes(hydra, sweep: str):
+    pytest.importorskip("hydra_plugins")
+    assert hydra("train", [f"+sweep={sweep}"]) == hydra("train")  # it is about Hydra's launcher alone
 
 
 def known(config: DictConfig, prefix: str = "") -> set[str]:

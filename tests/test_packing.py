@@ -190,6 +190,8 @@ def test_what_a_stream_teaches(dataset: TokenizedDataset, layout: str) -> None:
                 assert ids.shape[1] == 300 and "attention_mask" not in batch
                 real = ids != tokenizer.pad_token_id
                 assert torch.equal(batch["position_ids"][real] == 0, ids[real] == bos)
+                opens = real[:, :-1] & ~real[:, 1:]
+                assert not batch["position_ids"][:, 1:][opens].any(), "padding is a piece of its own"
                 steps = batch["position_ids"].diff(dim=1)
                 assert ((steps == 1) | (batch["position_ids"][:, 1:] == 0)).all()
             else:

@@ -1,6 +1,7 @@
 """The stream: which samples come when, over ranks, micro-batches, workers, epochs and resumed runs."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -20,7 +21,7 @@ from higgs.labels import IGNORE
 class Numbers:
     """A dataset whose batches say which draws they were made of; some samples are too long, others cannot be read."""
 
-    in_tokens = True
+    in_tokens, digest = True, "numbers"
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float | None] | None = None, long: Sequence[int] = ()):
         self.sizes, self.weights, self.long = sizes, weights or [None] * len(sizes), set(long)
@@ -280,10 +281,29 @@ def test_a_small_source_does_not_fill_a_step_with_copies(size, batches) -> None:
 
 
 def test_positions_of_other_data_are_refused() -> None:
-    state = Stream(Numbers([8]), config(), seed=0).state_dict()
-    for dataset, seed in ((Numbers([9]), 0), (Numbers([8]), 1), (Numbers([4, 4]), 0)):
-        with pytest.raises(UserError, match="Resume with the same data"):
-            Stream(dataset, config(), seed=seed).load_state_dict(state)
+    def stream(make=Numbers, sizes=(20,), seed=0, digest="numbers", weights=None, **changes) -> Stream:
+        dataset = make(sizes, weights)
+        dataset.digest = digest
+        return Stream(dataset, config(**changes), seed=seed)
+
+    state = stream().state_dict()
+    for changes, said in (
+        ({"sizes": [21]}, "data.train holds other samples"),
+        ({"sizes": [10, 10]}, "data.train holds other samples"),
+        ({"digest": "others"}, "data.train holds other samples"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"layout": "pack"}, "data.layout was bucket and is pack"),
+        ({"row_length": 70}, "data.row_length was 60 and is 70"),
+        ({"batch_size": 8}, "data.batch_size was 4 and is 8"),
+        ({"bucket_batches": 2}, "data.bucket_batches was 3 and is 2"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            stream(**changes).load_state_dict(state)
+    for workers in (0, 1):
+        stream(workers=workers, weights=[2.0], max_unreadable=0.5).load_state_dict(state)
+    # Where steps are not sorted together, a position is a number of draws, and steps may change their size.
+    for changes in ({"make": Crops}, {"layout": "pack"}):
+        stream(**changes, batch_size=8).load_state_dict(stream(**changes).state_dict())
 
 
 def test_mistakes_in_the_config_are_named() -> None:

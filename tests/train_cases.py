@@ -17,7 +17,7 @@ from higgs.train.prepare import Parts
 from higgs.train.run import TrainConfig, train
 
 PROJECT = Path(__file__).resolve().parents[1]
-WORDS = "the sun rises in east and sets west while birds sing over quiet water until morning comes again".split()
+WORDS = ["the", "sun", "rises", "in", "east", "and", "sets", "west", "while", "birds", "sing", "over", "quiet", "water"]
 TINY = [
     "model=debug", "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.head_dim=8",
     "model.config.num_hidden_layers=2", "tokenizer=debug", "device=cpu", "optim.warmup_steps=2", "data.batch_size=4",

@@ -4,6 +4,8 @@ A crop is decided by the seed and the number of its draw, so it is the same on a
 Shapes: B crops, L samples.
 """
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +55,8 @@ class CropDataset:
         self.weights = [source.weight for source in sources]
         self.sizes = [len(clips) for clips in manifests]
         self.clips: list[SoundClip] = [clip for clips in manifests for clip in clips]
+        named = [[clip.id, clip.start, clip.duration] for clip in self.clips]
+        self.digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
         self.sample_rate, self.gain_db = sample_rate, gain_db
         self.samples = round(seconds * sample_rate)
         if self.samples < 1:

@@ -37,6 +37,8 @@ class Plan:
 
 
 class Planner(Protocol):
+    settings: dict[str, Any]  # what a position depends on: it means something else under other values
+
     def __next__(self) -> Plan: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -49,6 +51,9 @@ class BucketPlanner:
         self.mixer, self.length, self.batch_size, self.limit = mixer, length, batch_size, limit
         # A window longer than an epoch would bring copies of a sample together.
         self.window = max(1, min(window, sum(mixer.sizes) // batch_size))
+        self.settings: dict[str, Any] = {"layout": "bucket", "row_length": limit}
+        if self.window > 1:
+            self.settings |= {"batch_size": batch_size, "bucket_batches": self.window}
         self._number = self._place = self._skipped = 0
         self._start = list(mixer.counts)  # the mixer's counts where the window begins
         self._steps: list[Plan] | None = None
@@ -99,6 +104,7 @@ class PackPlanner:
         self.mixer, self.length, self.batch_size, self.row_length = mixer, length, batch_size, row_length
         # An epoch at most: copies of a sample would else wait together.
         self._waiting = Waiting(min(LOOK_AHEAD, sum(mixer.sizes)))
+        self.settings: dict[str, Any] = {"layout": "pack", "row_length": row_length}
         self._skipped = 0
 
     def __next__(self) -> Plan:

@@ -175,6 +175,7 @@ class CodedFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         index = self._read_index()
+        self.digest: str = index["sha256"]
         self.source = CodeSource.from_dict(index["source"])
         self.records = [ShardRecord(**values) for values in index["shards"]]
         self._check_files()

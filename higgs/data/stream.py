@@ -21,6 +21,16 @@ from higgs.labels import IGNORE
 
 MIN_DRAWS = 20  # before the share of unreadable samples is judged
 LAYOUTS = ("bucket", "pack")
+# What a position depends on, and the config keys behind it.
+ORIGIN = {
+    "sizes": "data.train",
+    "data": "data.train",
+    "seed": "seed",
+    "layout": "data.layout",
+    "row_length": "data.row_length",
+    "batch_size": "data.batch_size",
+    "bucket_batches": "data.bucket_batches",
+}
 
 
 @dataclass
@@ -94,6 +104,7 @@ class Dataset(Protocol):
 
     sizes: Sequence[int]  # of each source
     weights: Sequence[float | None]  # of each source; see `read_sources`
+    digest: str  # changes with the samples
     in_tokens: bool  # whether samples have lengths to bucket or pack by; else `length` is 1
 
     def length(self, sample: int) -> int: ...
@@ -133,7 +144,8 @@ class Stream:
         rows = config.batch_size // (size * accumulate)
         self._loader = Loader(dataset, config, seed, rank, size, accumulate, rows)
         self._config = config
-        self._seed, self._sizes = seed, list(dataset.sizes)
+        self._origin = {"seed": seed, "sizes": list(dataset.sizes), "data": dataset.digest, **self._planner.settings}
+        assert self._origin.keys() <= ORIGIN.keys()
         self._state = self._planner.state_dict()
         self._loaded: Iterator[Loaded] | None = None
         self._read = self._failed = 0
@@ -166,18 +178,25 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last batch handed out, as plain JSON; the same on every rank and for any number of
         ranks, micro-batches and workers."""
-        return {"seed": self._seed, "sizes": list(self._sizes), "planner": self._state}
+        return {"origin": self._origin, "planner": self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+        """Goes on where `state` was taken; ranks, micro-batches, workers and weights may be others.
 
         Raises:
-            UserError: the state is of other data or another seed, so that going on would repeat or leave out samples.
+            UserError: the state is of other data, another seed or another layout, so that going on would repeat or leave
+                out samples.
         """
-        if state["sizes"] != self._sizes or state["seed"] != self._seed:
+        before, now = state["origin"], self._origin
+        for name in ORIGIN:
+            if before.get(name) == now.get(name):
+                continue
+            change = f"{ORIGIN[name]} was {before.get(name)} and is {now.get(name)}"
+            if name in ("data", "sizes"):
+                change = "data.train holds other samples"
             raise UserError(
-                f"The saved position is of sources of {state['sizes']} samples and seed {state['seed']}, but data.train "
-                f"has {self._sizes} and seed is {self._seed}. Resume with the same data, or start in another run_dir."
+                f"The saved position in the data does not fit: {change}. Resume with what the run began with, or start "
+                "in another run_dir."
             )
         self._loaded = None
         self._planner.load_state_dict(state["planner"])

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from higgs.audio import sound_info
 from higgs.codec import Codec
+from higgs.data.clips import audio_items
 from higgs.data.manifest import Sample, read_manifest, read_text
 from higgs.data.shards import (
     SOURCE,
@@ -231,7 +232,7 @@ def code_shard(
 
 def find_clips(place: int, sample: Sample, codec: Codec, faults: dict[int, str]) -> Iterator[Clip]:
     """The audio items of a sample; those that hold codes keep them. The first fault is noted."""
-    for item in audio_items(sample):
+    for _, item in audio_items([sample]):
         try:
             path = next((item[key] for key in ("url", "path", "audio") if isinstance(item.get(key), str)), None)
             if path is not None and Path(path).is_file():
@@ -306,11 +307,6 @@ def check_codes(codes: Tensor, codec: Codec) -> Tensor:
             f"{codec.config.codebook_size - 1}"
         )
     return codes
-
-
-def audio_items(sample: Sample) -> list[dict[str, Any]]:
-    contents = [message["content"] for message in sample.messages if isinstance(message["content"], list)]
-    return [item for content in contents for item in content if item["type"] == "audio"]
 
 
 def with_spans(sample: Sample, spans: Iterator[list[int]]) -> Sample:

@@ -44,6 +44,7 @@ class TokenizedDataset:
         self.sizes = [len(folder) for folder in self.folders]
         for folder in self.folders:
             self._check(folder)
+        self.digest = " ".join(folder.digest for folder in self.folders)
         self._ends = list(accumulate(self.sizes))
         # An array, not a list: loader processes are forked from this one, and there may be millions.
         lengths = (self._count_tokens(sample) for folder in self.folders for sample in folder.samples())

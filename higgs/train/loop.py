@@ -6,7 +6,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -201,7 +201,7 @@ class Loop:
         if self.tracker is not None:
             row = {"step": self.progress.step, "split": "valid", **metrics, "samples_seen": self.progress.samples_seen}
             self.tracker.log(finite_json(row))
-            bar.write(f"step {self.progress.step}: validation loss {metrics['loss']:.4f}", file=sys.stderr)
+            bar.write(f"step {self.progress.step}: {shown(metrics)}", file=sys.stderr)
 
     def _sample(self) -> None:
         files = self.task.write_samples(self.run / "samples", self.progress.step)
@@ -215,6 +215,13 @@ class Loop:
             "progress": asdict(self.progress),
         }
         self.checkpoints.save(self.progress.step, self.task.tensors(), scalars)
+
+
+def shown(metrics: Mapping[str, Any]) -> str:
+    """What validation found, for the console."""
+    parts = [f"validation loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    parts += [f"mel distance at {rate} kbit/s {distance:.3f}" for rate, distance in metrics.get("mel_distance", {}).items()]
+    return ", ".join(parts)
 
 
 def due(step: int, every: int | None) -> bool:
