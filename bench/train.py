@@ -1,7 +1,7 @@
 """Speed and memory of a full training step: forward, loss, backward, clipping and AdamW, in one run, side by side.
 
     python bench/train.py                       # CPU: beside transformers (4 M, 18 M), and DualFFN beside a dense decoder
-    python bench/train.py --only 3b --length 2048 --rows 4 --checkpointing selective   # a GPU: MFU of the released shape
+    python bench/train.py --only full --rows 4 --checkpointing selective   # a GPU: MFU of the released shape, FSDP2
 
 The batch is what the processor makes of spoken sentences: a system prompt and the text, then the reply's delayed frames,
 rows of different length padded on the right, labels on the reply alone. Both sides have the same weights, batch, clipping
@@ -218,15 +218,15 @@ def compare(first: str, second: str, size: str, rows: int, repeats: int) -> None
     )
 
 
-def on_gpu(size: str, rows: int, length: int, checkpointing: str, compiled: bool, strategy: str, repeats: int) -> None:
-    """Full rows of `length` in bf16: tokens/s, model FLOPs utilisation and peak memory."""
-    world = start("cuda", strategy)
+def utilisation(args: argparse.Namespace, device: str) -> None:
+    """Full rows in bf16, weights float32: tokens/s, model FLOPs utilisation, peak memory. Under torchrun: of all GPUs."""
+    world = start(device, args.strategy)
     torch.manual_seed(0)
-    config = HiggsAudioV2Config(**shape(size))
+    config = HiggsAudioV2Config(**shape(args.size))
     with torch.device(world.device):
         model = DualFFNDecoder(config, use_text_head=True)
     model.init_weights()
-    parallel = ParallelConfig(strategy, activation_checkpointing=checkpointing, compile=compiled)
+    parallel = ParallelConfig(args.strategy, activation_checkpointing=args.checkpointing, compile=args.compile)
     sums = LossSums(model.train())
     wrapped = parallelize(sums, model.model.layers, parallel, "bf16", world)
 
@@ -235,24 +235,26 @@ def on_gpu(size: str, rows: int, length: int, checkpointing: str, compiled: bool
             return mean_loss(wrapped(batch), batch)
 
     side = Side.of(sums, loss)
-    host = full_rows(config, rows, length)
+    host = full_rows(config, args.rows, args.length)
     batch = {name: value.to(world.device) for name, value in host.items()}
     flops = training_flops(config, TokenCounts.of(host, config))
-    best = float("inf")
-    for index in range(repeats + 3):
+    gpu, best = world.device.type == "cuda", float("inf")
+    for index in range(args.repeats + 3):  # the first ones compile, and measure what kernels to use
         begun = time.perf_counter()
         side.step(batch)
-        torch.cuda.synchronize()
+        if gpu:
+            torch.cuda.synchronize()
         if index >= 3:
             best = min(best, time.perf_counter() - begun)
     peak = peak_flops(world.device, torch.bfloat16)
     used = "unknown" if peak is None else f"{flops / best / peak:.1%}"
-    memory = torch.cuda.max_memory_allocated() / 1e9
-    print(
-        f"| {size} | {strategy} | {rows} x {length} | {checkpointing} | {compiled} | {rows * length / best:.0f} | {used} | "
-        f"{memory:.1f} |",
-        flush=True,
-    )
+    memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resident("VmHWM") / 1e3
+    if world.main:
+        print(
+            f"| {args.size} | {args.strategy}, {world.size} | {args.rows} x {args.length} | {args.checkpointing} | "
+            f"{args.compile} | {world.size * args.rows * args.length / best:.0f} | {used} | {memory:.1f} |",
+            flush=True,
+        )
     stop()
 
 
@@ -260,12 +262,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["4m", "18m"])
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048, help="GPU: tokens of a row")
+    parser.add_argument("--length", type=int, default=2048, help="full: tokens of a row")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=["transformers", "dense", "3b"], default=None)
-    parser.add_argument("--size", default="3b", help="GPU: which shape")
-    parser.add_argument("--strategy", default="fsdp", help="GPU: none or fsdp")
+    parser.add_argument("--only", choices=["transformers", "dense", "full"], default=None)
+    parser.add_argument("--size", default="3b", help="full: which shape")
+    parser.add_argument("--strategy", default="fsdp", help="full: none, ddp or fsdp")
     parser.add_argument("--checkpointing", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--measure", nargs=2, default=None, help=argparse.SUPPRESS)
@@ -277,13 +279,10 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {args.threads} threads"
     print(f"torch {torch.__version__}, {machine}\n")
-    if args.only == "3b" or (gpu and args.only is None):
-        print(
-            "| size | strategy | rows | recomputation | compiled | tokens/s | MFU | peak memory, GB |\n"
-            + "|---" * 8
-            + "|"
-        )
-        on_gpu(args.size, args.rows, args.length, args.checkpointing, args.compile, args.strategy, args.repeats)
+    if args.only == "full" or (gpu and args.only is None):
+        print("| size | strategy, processes | rows | recomputation | compiled | tokens/s | MFU | peak memory, GB |")
+        print("|---" * 8 + "|")
+        utilisation(args, "cuda" if gpu else "cpu")
         return
     print("| size | A | B | A, tokens/s | B, tokens/s | B / A | A, peak MB | B, peak MB | B, of the CPU's peak |")
     print("|---" * 9 + "|")

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import train_cases as cases
-from test_resume import kill_at, newest, wait_for_step
 
 from higgs import HiggsAudioV2ForConditionalGeneration
 
 STEPS = 6
 SEEN = ["valid_every=3", "sample_every=3", "sample_count=1", "generation.max_new_tokens=12"]  # beside the steps
 MORE = [f"max_steps={STEPS}", "save_every=3", "keep_checkpoints=5", "optim.ema_decay=0.9"]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +33,7 @@ def alone(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def together(run: Path, parts: tuple[Path, Path], processes: int, strategy: str, *more: str) -> Path:
     overrides = cases.arguments(run, *parts, *MORE, f"parallel.strategy={strategy}", *more)
-    cases.finish(cases.start(overrides, processes, free_port()))
+    cases.finish(cases.start(overrides, processes, cases.free_port()))
     return run
 
 
@@ -97,15 +89,15 @@ def test_the_export_is_whole(alone: Path, fsdp: Path) -> None:
 
 def test_two_ranks_killed_go_on_bit_for_bit(ddp: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
     overrides = cases.arguments(tmp_path, *parts, *MORE, "parallel.strategy=ddp")
-    kill_at(4, tmp_path, overrides, 2, free_port())
-    assert "resumed after step 3" in cases.finish(cases.start(overrides, 2, free_port()))
+    cases.kill_at(4, tmp_path, overrides, 2, cases.free_port())
+    assert "resumed after step 3" in cases.finish(cases.start(overrides, 2, cases.free_port()))
     assert cases.losses(tmp_path) == cases.losses(ddp)
 
 
 def test_two_sharded_ranks_killed_go_on_bit_for_bit(fsdp: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
     overrides = cases.arguments(tmp_path, *parts, *MORE, "parallel.strategy=fsdp")
-    kill_at(5, tmp_path, overrides, 2, free_port())
-    cases.finish(cases.start(overrides, 2, free_port()))
+    cases.kill_at(5, tmp_path, overrides, 2, cases.free_port())
+    cases.finish(cases.start(overrides, 2, cases.free_port()))
     assert cases.losses(tmp_path) == cases.losses(fsdp)
 
 
@@ -115,7 +107,7 @@ def test_two_sharded_ranks_resume_on_others(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(fsdp, run)
-    shutil.rmtree(newest(run))
+    shutil.rmtree(cases.newest(run))
     together(run, parts, processes, "fsdp", *more)
     assert_close(run, fsdp)
 
@@ -123,7 +115,7 @@ def test_two_sharded_ranks_resume_on_others(
 def test_a_sharded_checkpoint_resumes_without_sharding(fsdp: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(fsdp, run)
-    shutil.rmtree(newest(run))
+    shutil.rmtree(cases.newest(run))
     cases.run_here(cases.arguments(run, *parts, *MORE))
     assert_close(run, fsdp)
 
@@ -138,18 +130,18 @@ def test_packing_micro_batches_and_recomputation_change_nothing(parts: tuple[Pat
 
 def test_sigterm_to_one_rank_saves_on_both(parts: tuple[Path, Path], tmp_path: Path) -> None:
     overrides = cases.arguments(tmp_path, *parts, *MORE, "max_steps=100000", "parallel.strategy=ddp")
-    started = cases.start(overrides, 2, free_port())
-    wait_for_step(tmp_path, 2, started)
+    started = cases.start(overrides, 2, cases.free_port())
+    cases.wait_for_step(tmp_path, 2, started)
     started[1].send_signal(signal.SIGTERM)
     assert "SIGTERM" in cases.finish(started, code=0)
-    assert int(newest(tmp_path).name.removeprefix("step-")) == max(cases.log(tmp_path))
+    assert int(cases.newest(tmp_path).name.removeprefix("step-")) == max(cases.log(tmp_path))
 
 
 def test_several_processes_need_a_strategy(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    started = cases.start(cases.arguments(tmp_path, *parts, "max_steps=1"), 2, free_port())
+    started = cases.start(cases.arguments(tmp_path, *parts, "max_steps=1"), 2, cases.free_port())
     assert "parallel.strategy" in cases.finish(started, code=2)
 
 
 def test_a_batch_that_does_not_divide_is_an_error(parts: tuple[Path, Path], tmp_path: Path) -> None:
     overrides = cases.arguments(tmp_path, *parts, "parallel.strategy=ddp", "data.batch_size=3")
-    assert "multiple of 2" in cases.finish(cases.start(overrides, 2, free_port()), code=2)
+    assert "multiple of 2" in cases.finish(cases.start(overrides, 2, cases.free_port()), code=2)

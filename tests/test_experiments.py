@@ -69,7 +69,9 @@ def test_codecs_take_three_steps(experiment: str, shared_data: Path, tmp_path: P
     transformers = pytest.importorskip("transformers")
     manifest = tmp_path / "sounds.jsonl"
     clips = sorted((shared_data / "ljspeech").glob("*.flac"))[:3]
-    manifest.write_text("".join(json.dumps({"audio": str(path), "kind": "speech", "duration": 1.5}) + "\n" for path in clips))
+    manifest.write_text(
+        "".join(json.dumps({"audio": str(path), "kind": "speech", "duration": 1.5}) + "\n" for path in clips)
+    )
     small = [
         "codec=debug", "max_steps=3", "save_every=null", "valid_every=2", "sample_every=2", "accumulate=1", "device=cpu",
         "data.workers=0", "data.batch_size=2", "data.crop_seconds=0.5", "parallel.strategy=none", "precision=fp32",
@@ -93,7 +95,13 @@ def test_fine_tuning_starts_from_the_checkpoint_and_freezes(
     parts: tuple[Path, Path], trained: Path, tmp_path: Path
 ) -> None:
     """At rate 0 the first loss is that of the checkpoint; with frozen rows these stay to the last bit."""
-    more = [f"init_from={trained}", "freeze.embedding_rows=50", "optim.weight_decay=0.5", "optim.lr=0.01", "codec_path=null"]
+    more = [
+        f"init_from={trained}",
+        "freeze.embedding_rows=50",
+        "optim.weight_decay=0.5",
+        "optim.lr=0.01",
+        "codec_path=null",
+    ]
     cases.run_here(cases.arguments(tmp_path, *parts, *more, "max_steps=3"))
     before = HiggsAudioV2ForConditionalGeneration.from_pretrained(trained, use_text_head=True)
     after = HiggsAudioV2ForConditionalGeneration.from_pretrained(tmp_path / "export", use_text_head=True)

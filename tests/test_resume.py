@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,33 +32,11 @@ def whole(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> None:
-    """Returns once the log holds `step`; fails where the run ends before."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        log = run / "metrics.jsonl"
-        if log.is_file() and log.read_text().count("\n") >= step:
-            return
-        assert all(process.poll() is None for process in processes), cases.finish(processes)
-        time.sleep(0.002)
-    raise AssertionError("the run did not get to that step in time")
-
-
-def kill_at(step: int, run: Path, overrides: list[str], processes: int = 1, port: int = 0) -> None:
-    started = cases.start(overrides, processes, port)
-    wait_for_step(run, step, started)
-    for process in started:
-        process.send_signal(signal.SIGKILL)
-    for process in started:
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-
-
 def test_killed_at_any_step_it_goes_on_bit_for_bit(whole: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = cases.arguments(run, *parts, *MORE)
     for step in (1, 5, 8):  # before the first checkpoint, and between others
-        kill_at(step, run, overrides)
+        cases.kill_at(step, run, overrides)
     said = cases.finish(cases.start(overrides))
     assert "resumed after step" in said
     assert cases.losses(run) == cases.losses(whole)
@@ -71,7 +48,7 @@ def test_workers_and_packing_change_nothing_in_that(parts: tuple[Path, Path], tm
     more = [*MORE, "data.layout=pack", "data.row_length=128", "data.batch_size=2", "accumulate=2", "max_steps=6"]
     cases.finish(cases.start(cases.arguments(tmp_path / "a", *parts, *more)))
     overrides = cases.arguments(tmp_path / "b", *parts, *more, "data.workers=2")
-    kill_at(4, tmp_path / "b", overrides)
+    cases.kill_at(4, tmp_path / "b", overrides)
     cases.finish(cases.start(overrides))
     assert cases.losses(tmp_path / "b") == cases.losses(tmp_path / "a")
 
@@ -79,7 +56,7 @@ def test_workers_and_packing_change_nothing_in_that(parts: tuple[Path, Path], tm
 def test_sigterm_saves_and_exits_0(whole: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
     overrides = cases.arguments(tmp_path, *parts, *MORE, "save_every=null")
     started = cases.start(overrides)
-    wait_for_step(tmp_path, 2, started)
+    cases.wait_for_step(tmp_path, 2, started)
     started[0].send_signal(signal.SIGTERM)
     said = cases.finish(started, code=0)
     saved = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
@@ -102,10 +79,6 @@ def again(copied: Path, parts: tuple[Path, Path], *more: str) -> None:
     cases.run_here(cases.arguments(copied, *parts, *MORE, *more))
 
 
-def newest(run: Path) -> Path:
-    return sorted((run / "checkpoints").iterdir())[-1]
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -121,10 +94,10 @@ def flip(path: Path) -> None:
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     copied: Path, whole: Path, parts: tuple[Path, Path], harm, file: str, capfd: pytest.CaptureFixture
 ) -> None:
-    harm(next(newest(copied).glob(file)))
+    harm(next(cases.newest(copied).glob(file)))
     again(copied, parts)
     said = capfd.readouterr()
-    assert "damaged" in said.err and newest(whole).name in said.err
+    assert "damaged" in said.err and cases.newest(whole).name in said.err
     assert "resumed after step 9" in said.out
     assert cases.losses(copied) == cases.losses(whole)
 
@@ -189,7 +162,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_is_counted(
     assert [rows[step]["loss"] is None for step in range(1, 9)] == [s in (3, 6, 7) for s in range(1, 9)]
     assert rows[8]["skipped"] == 3
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    record = json.loads((newest(tmp_path) / "checkpoint.json").read_text())
+    record = json.loads((cases.newest(tmp_path) / "checkpoint.json").read_text())
     assert record["scalars"]["task"]["updates"] == 5
 
 
@@ -203,7 +176,11 @@ def test_several_in_a_row_stop_the_run_and_name_the_batch(
 def test_a_sweep_under_torchrun_is_refused() -> None:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
     done = subprocess.run(
-        [sys.executable, "train.py", "-m", "seed=0,1"], cwd=cases.PROJECT, env=environment, capture_output=True, text=True
+        [sys.executable, "train.py", "-m", "seed=0,1"],
+        cwd=cases.PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: torchrun") and len(done.stderr.splitlines()) == 1

@@ -3,8 +3,11 @@
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +120,36 @@ def losses(run: Path) -> dict[int, list[float]]:
         step: [row["loss"], row["text_loss"], *row["codebook_loss"], row["grad_norm"], row["lr"]]
         for step, row in log(run).items()
     }
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    """Returns once the log holds `step`; fails where the run ends before."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        log = run / "metrics.jsonl"
+        if log.is_file() and log.read_text().count("\n") >= step:
+            return
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.002)
+    raise AssertionError("the run did not get to that step in time")
+
+
+def kill_at(step: int, run: Path, overrides: list[str], processes: int = 1, port: int = 0) -> None:
+    started = start(overrides, processes, port)
+    wait_for_step(run, step, started)
+    for process in started:
+        process.send_signal(signal.SIGKILL)
+    for process in started:
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+
+
+def newest(run: Path) -> Path:
+    """The last checkpoint."""
+    return sorted((run / "checkpoints").iterdir())[-1]

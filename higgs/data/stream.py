@@ -294,7 +294,10 @@ class Loader:
         if self.dataset.in_tokens and len(mine) < self.accumulate:  # validation has run out of rows
             batches.append(without_labels(self.dataset.collate(pieces[0], self.seed, self.row_length).batch))
         too_long = [
-            Unreadable(self.dataset.id(draw.sample), f"{self.dataset.length(draw.sample)} tokens, over {self.limit}")
+            Unreadable(
+                self.dataset.id(draw.sample),
+                f"{self.dataset.length(draw.sample)} tokens, over data.row_length={self.limit}",
+            )
             for place, draw in enumerate(plan.skipped)
             if place % self.size == self.rank
         ]

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import threading
 import time
@@ -118,7 +119,9 @@ class Job:
 def default_processes(device: str) -> int:
     if device in ("cuda", "auto") and torch.cuda.is_available():
         return torch.cuda.device_count()
-    return min(os.cpu_count() or 1, MOST_PROCESSES) if device in ("cpu", "auto") else 1
+    # The cores that this process may use, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES) if device in ("cpu", "auto") else 1
 
 
 def device_of(device: str, rank: int) -> str:
@@ -172,6 +175,7 @@ def run_rank(
         with done.get_lock():
             done.value += samples
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     try:
         Job.prepare(options, config, device_of(options.device, rank)).work(rank, size, report)

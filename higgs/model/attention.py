@@ -48,6 +48,11 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
+        grouped = self.grouped
+        if grouped and mask is not None and x.is_cuda and x.shape[1] > 1:
+            # No fast kernel of a GPU takes both a mask and grouped heads; the fallback would hold all scores at once.
+            k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
+            grouped = False
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -55,7 +60,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None,
-            enable_gqa=self.grouped,
+            enable_gqa=grouped,
         )
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 

@@ -92,7 +92,9 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 def shared_overrides(runs: Sequence[Run]) -> str:
     """What was overridden alike in all runs, as `key=value, …`."""
     keys = {key for one in runs for key in one.overridden} & set(runs[0].settings)
-    return ", ".join(f"{key}={runs[0].settings[key]}" for key in sorted(keys - set(differing_keys(runs)) - set(SKIPPED)))
+    return ", ".join(
+        f"{key}={runs[0].settings[key]}" for key in sorted(keys - set(differing_keys(runs)) - set(SKIPPED))
+    )
 
 
 def final_metrics(one: Run) -> dict[str, float]:
@@ -111,14 +113,18 @@ def final_metrics(one: Run) -> dict[str, float]:
 def table(runs: Sequence[Run]) -> str:
     """A Markdown table, best validation (else training) loss first."""
     keys, finals = differing_keys(runs), [final_metrics(one) for one in runs]
-    columns = [c for prefix in ("valid_", "") for c in (prefix + name for name in COLUMNS) if any(c in f for f in finals)]
+    columns = [
+        c for prefix in ("valid_", "") for c in (prefix + name for name in COLUMNS) if any(c in f for f in finals)
+    ]
     ranked = sorted(zip(runs, finals, strict=True), key=lambda pair: rank_of(pair[1]))
     rows = [["run", *keys, "steps", *columns]]
     for one, final in ranked:
         metrics = [f"{final[column]:.4g}" if column in final else "" for column in columns]
         rows.append([one.name, *(str(one.settings.get(key, "")) for key in keys), str(one.steps), *metrics])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 

@@ -106,7 +106,9 @@ class Loop:
         """Trains to the end; False where SIGTERM cut it short (everything is saved then)."""
         preemption, saved = Preemption(), self.progress.step
         first = self.progress.step
-        bar = tqdm(total=self.config.max_steps, initial=first, desc="train", file=sys.stderr, disable=not self.world.main)
+        bar = tqdm(
+            total=self.config.max_steps, initial=first, desc="train", file=sys.stderr, disable=not self.world.main
+        )
         with preemption.watched(), bar:
             while self.progress.step < self.config.max_steps and self.progress.perfect < PERFECT_STEPS:
                 self._step(bar)
@@ -122,7 +124,9 @@ class Loop:
                     saved = step
                 if leave and not last:
                     if self.world.main:
-                        bar.write(f"SIGTERM: the state after step {step} is saved; the same command goes on from there.")
+                        bar.write(
+                            f"SIGTERM: the state after step {step} is saved; the same command goes on from there."
+                        )
                     return False
         assert saved == self.progress.step
         return True
@@ -220,7 +224,9 @@ class Loop:
 def shown(metrics: Mapping[str, Any]) -> str:
     """What validation found, for the console."""
     parts = [f"validation loss {metrics['loss']:.4f}"] if "loss" in metrics else []
-    parts += [f"mel distance at {rate} kbit/s {distance:.3f}" for rate, distance in metrics.get("mel_distance", {}).items()]
+    parts += [
+        f"mel distance at {rate} kbit/s {distance:.3f}" for rate, distance in metrics.get("mel_distance", {}).items()
+    ]
     return ", ".join(parts)
 
 

@@ -37,9 +37,7 @@ class OptimConfig:
             raise UserError(f"optim.schedule is '{self.schedule}'; use cosine or wsd.")
 
 
-def make_optimizer(
-    parameters: Named, config: OptimConfig, undecayed: Iterable[nn.Parameter] = ()
-) -> torch.optim.AdamW:
+def make_optimizer(parameters: Named, config: OptimConfig, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.AdamW:
     """Weight decay acts on matrices; norms, biases and the `undecayed` are left alone. The state exists at once, so that
     a checkpoint can be read straight into it."""
     spared = {id(parameter) for parameter in undecayed}

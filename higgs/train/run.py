@@ -1,7 +1,7 @@
 """A training run from its config to its export: what `train.py` runs.
 
-    lm:    sources -> processor -> tokens -> LanguageModelTask ─┐
-    codec: sources -> crops    -> CodecTask                    ─┴-> Loop -> checkpoints, metrics, samples, export/
+lm:    sources -> processor -> tokens -> LanguageModelTask ─┐
+codec: sources -> crops    -> CodecTask                    ─┴-> Loop -> checkpoints, metrics, samples, export/
 """
 
 import time
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from higgs.data.crops import CropDataset
-from higgs.data.draws import read_sources
+from higgs.data.draws import random_generator, read_sources
 from higgs.data.stream import DataConfig, Dataset, StepBatch, Stream, once
 from higgs.errors import UserError
 from higgs.inference import GenerationOptions
@@ -122,6 +122,7 @@ def run_training(config: TrainConfig, parts: Parts, world: World, overrides: Seq
     checkpoints = Checkpoints(run / "checkpoints", world, config.keep_checkpoints, config.milestone_every)
     begin_folder(run, settings, checkpoints, config.resume, world, overrides)
     setup = (set_up_codec if config.task == "codec" else set_up_lm)(config, parts, world, run)
+    torch.manual_seed(random_generator("run", config.seed, world.rank).initial_seed())  # dropout differs between ranks
     share = {"rank": world.rank, "size": world.size, "accumulate": config.accumulate}
     loop = Loop(
         task=setup.task,
@@ -137,7 +138,9 @@ def run_training(config: TrainConfig, parts: Parts, world: World, overrides: Seq
     resumed = config.resume != "never" and loop.restore(None if config.resume == "auto" else Path(config.resume))
     if world.main:
         start_step = loop.progress.step
-        print(f"{run}: {'resumed after' if resumed else 'starts at'} step {start_step} of {config.max_steps}", flush=True)
+        print(
+            f"{run}: {'resumed after' if resumed else 'starts at'} step {start_step} of {config.max_steps}", flush=True
+        )
         loop.tracker = Tracker(run, config.name, config.logger, settings, start_step)
     try:
         whole = loop.fit()

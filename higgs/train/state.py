@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from higgs.data.draws import random_generator
 from higgs.errors import UserError
 from higgs.folders import read_json, write_json
 from higgs.train.distributed import World
@@ -140,7 +141,7 @@ class Checkpoints:
         if record["ranks"] == self.world.size and own.is_file():
             set_random_state(load_file(own), self.world.device)
         else:  # other ranks than those that saved: a stream of its own for each
-            torch.manual_seed(hash((record["step"], self.world.rank)) % 2**32)
+            torch.manual_seed(random_generator("resumed", record["step"], self.world.rank).initial_seed())
         return record["step"], record["scalars"]
 
 
