@@ -188,14 +188,14 @@ def measure(kind: str, size: str, rows: int, steps: int) -> None:
     print(resident("VmHWM") - before)
 
 
-def compare(first: str, second: str, size: str, rows: int, repeats: int) -> None:
+def compare(first: str, second: str, size: str, rows: int, repeats: int, even: bool = False) -> None:
     """One line of the table: tokens/s of both, their ratio, their peak memory.
 
     The dense decoder, which does not tell padding from text, gets rows of one length.
     """
     sides = {kind: make_side(kind, size)[0] for kind in (first, second)}
     config = HiggsAudioV2Config(**shape(size))
-    batch = make_batch(config, rows, even="dense" in sides)
+    batch = make_batch(config, rows, even=even or "dense" in sides)
     tokens = int(batch["attention_mask"].sum())
     losses = {kind: side.step(batch) for kind, side in sides.items()}  # warms up as well
     best = dict.fromkeys(sides, float("inf"))
@@ -262,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["4m", "18m"])
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--even", action="store_true", help="rows of one length, so that no side gains by padding")
     parser.add_argument("--length", type=int, default=2048, help="full: tokens of a row")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -290,7 +291,7 @@ def main() -> None:
     for name, (first, second) in pairs.items():
         if args.only in (None, name):
             for size in args.sizes:
-                compare(first, second, size, args.rows, args.repeats)
+                compare(first, second, size, args.rows, args.repeats, args.even)
 
 
 if __name__ == "__main__":

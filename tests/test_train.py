@@ -157,8 +157,8 @@ def test_a_codec_is_used_again(finished: tuple[Path, list[Match]], manifest: Pat
 def test_tokens_of_another_codec_are_refused(finished: tuple[Path, list[Match]], tmp_path: Path) -> None:
     run, _ = finished
     codec = cases.write_codec(tmp_path / "codec")
+    overrides = [*SMALL, f"data.train={run}/tokens/train-0", f"run_dir={tmp_path}/run", f"codec_path={codec}"]
     with pytest.raises(UserError, match="another codec"):
-        overrides = [*SMALL, f"data.train={run}/tokens/train-0", f"run_dir={tmp_path}/run", f"codec_path={codec}"]
         cases.run_here(overrides)
 
 

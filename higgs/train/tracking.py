@@ -43,21 +43,14 @@ class Tracker:
         self.path = run / METRICS
         write_lines(self.path, [row for row in read_records(self.path) if row["step"] <= resumed_at])
         self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = None
-        if config.mode != "disabled":
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.project, entity=config.entity, name=name, tags=config.tags, mode=config.mode,
-                dir=str(run), config=dict(settings), id=run.name if config.mode == "offline" else None, resume="allow",
-            )  # fmt: skip
+        self._wandb = None if config.mode == "disabled" else start_wandb(run, name, config, settings)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One JSON object, flushed. `step` and `split` (train or valid) are part of it."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(flat(row, row["split"]), step=row["step"])
+            self._wandb.log({"step": row["step"], **flat(row, row["split"])})
 
     def samples(self, files: Sequence[Path], step: int) -> None:
         """Sounds and pictures that were written to the run's folder, shown in Weights & Biases too."""
@@ -68,7 +61,7 @@ class Tracker:
         # The step stays out of the key, so that the sound of one prompt can be followed over time.
         kinds = {".wav": wandb.Audio, ".png": wandb.Image}
         shown = {f"samples/{path.name.split('-', 2)[-1]}": kinds[path.suffix](str(path)) for path in files}
-        self._wandb.log(shown, step=step)
+        self._wandb.log({"step": step, **shown})
 
     def close(self, picture: Path) -> None:
         """Ends the log and draws the losses."""
@@ -76,6 +69,23 @@ class Tracker:
         draw_losses(read_records(self.path), picture)
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def start_wandb(run: Path, name: str, config: LoggerConfig, settings: Mapping[str, Any]) -> Any:
+    """Begins the run in Weights & Biases, or goes on with the one that this folder began."""
+    import wandb
+
+    path = run / "wandb_id.txt"
+    if not path.is_file():
+        path.write_text(wandb.util.generate_id(), encoding="utf-8")
+    logged = wandb.init(
+        project=config.project, entity=config.entity, name=name, tags=config.tags, mode=config.mode, dir=str(run),
+        config=dict(settings), id=path.read_text(encoding="utf-8"), resume="allow",
+    )  # fmt: skip
+    # A step of its own: wandb's must grow, and after a kill some steps come again.
+    logged.define_metric("step")
+    logged.define_metric("*", step_metric="step")
+    return logged
 
 
 def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
