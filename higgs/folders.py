@@ -1,6 +1,7 @@
 """Checkpoint folders as paths and JSON: finding them, reading and writing `config.json`."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -48,7 +49,14 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: Mapping) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    write_aside(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def write_aside(path: Path, data: bytes | str) -> None:
+    """Writes a file under another name and renames it: it is whole, or as it was before."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside.write_bytes(data.encode() if isinstance(data, str) else data)
+    aside.replace(path)
 
 
 class ConfigFile:
@@ -63,6 +71,4 @@ class ConfigFile:
         """Writes `config.json` into `folder`, aside first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{CONFIG}.part"
-        write_json(aside, self.to_dict())
-        aside.replace(folder / CONFIG)
+        write_json(folder / CONFIG, self.to_dict())

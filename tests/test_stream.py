@@ -1,10 +1,16 @@
 """The stream: which samples come when, over ranks, micro-batches, workers, epochs and resumed runs."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +183,39 @@ def test_workers_change_nothing(make, layout) -> None:
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_stream import Numbers, Stream, config, steps_of
+stream = Stream(Numbers([40]), config(workers=2), seed=0)
+steps = steps_of(stream, 2)
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+print("ready", flush=True)
+while not asked:
+    pass
+steps += steps_of(stream, 30)
+assert steps == steps_of(Stream(Numbers([40]), config(), seed=0), 32)
+print("done", flush=True)
+raise RuntimeError("ends with its loaders at work")
+"""
+
+
+def test_a_signal_to_all_processes_leaves_the_loaders_to_the_main_one() -> None:
+    """As SLURM and torchrun send it: the main process finishes its step and saves, for which it needs its loaders."""
+    command = [sys.executable, "-c", SIGNALLED, str(Path(__file__).parent)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.stdout.readline() == "done\n", process.communicate()[1]
+    started = time.monotonic()
+    _, said = process.communicate(timeout=30)
+    assert said.rstrip().endswith("ends with its loaders at work")
+    assert time.monotonic() - started < 4, "nothing waits for the loaders"
 
 
 def test_a_mistake_in_a_worker_stays_one_sentence() -> None:

@@ -6,6 +6,9 @@ seed alone, so a run can go on with another number of ranks, micro-batches or wo
 Shapes: B rows of a micro-batch, T tokens, F delayed frames, K codebooks, L samples.
 """
 
+import atexit
+import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +23,7 @@ from higgs.errors import UserError
 from higgs.labels import IGNORE
 
 MIN_DRAWS = 20  # before the share of unreadable samples is judged
+SIGTERM_GRACE = 60  # seconds that a loader process works on after SIGTERM
 LAYOUTS = ("bucket", "pack")
 # What a position depends on, and the config keys behind it.
 ORIGIN = {
@@ -267,16 +271,30 @@ class Loader:
         self.limit = config.row_length
 
     def load(self, plans: Iterable[Plan]) -> Iterator[Loaded]:
-        if not self.workers:
-            found: Iterable[Loaded | UserError] = map(self.__getitem__, plans)
-        else:
-            # Its own generator: DataLoader would else draw from the global one, which has to be the same after resuming.
-            generator = torch.Generator()
-            found = DataLoader(self, None, sampler=plans, num_workers=self.workers, generator=generator)
+        found = self._in_processes(plans) if self.workers else map(self.__getitem__, plans)
         for loaded in found:
             if isinstance(loaded, UserError):
                 raise loaded
             yield loaded
+
+    def _in_processes(self, plans: Iterable[Plan]) -> Iterator[Loaded | UserError]:
+        # Its own generator: DataLoader would else draw from the global one, which has to be the same after resuming.
+        found = iter(
+            DataLoader(
+                self,
+                None,
+                sampler=plans,
+                num_workers=self.workers,
+                generator=torch.Generator(),
+                worker_init_fn=outlive_signals,
+            )
+        )
+        atexit.register(found._shutdown_workers)  # else, when an error ends the run, it waits for them to be terminated
+        try:
+            yield from found
+        finally:
+            found._shutdown_workers()
+            atexit.unregister(found._shutdown_workers)
 
     def __getitem__(self, plan: Plan) -> Loaded | UserError:
         """A UserError is returned: raised in a worker, it would arrive as a page of traceback."""
@@ -314,6 +332,14 @@ class Loader:
     def _numbers(self) -> range:
         """Which micro-batches of a step belong to this rank."""
         return range(self.rank, self.accumulate * self.size, self.size)
+
+
+def outlive_signals(worker: int) -> None:
+    """Makes a loader process leave the signals that a scheduler or a terminal sends to all processes to the main one,
+    which needs its loaders for the step that it finishes before it saves. The main one ends them otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_GRACE))
 
 
 def without_labels(batch: BatchFeature) -> BatchFeature:

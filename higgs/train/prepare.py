@@ -31,7 +31,7 @@ from higgs.data.shards import CodedFolder
 from higgs.data.tokenize import codec_identity, tokenize
 from higgs.data.tokenized import TokenizedDataset
 from higgs.errors import UserError
-from higgs.folders import resolve_folder
+from higgs.folders import read_json, resolve_folder, write_json
 from higgs.processor import HiggsAudioV2Processor
 from higgs.text import TextTokenizer
 from higgs.train.codec_warmup import WarmupConfig, warm_up
@@ -256,11 +256,9 @@ def check_same_run(run: Path, settings: dict[str, Any], keys: Sequence[str]) -> 
     path = run / "begun_with.json"
     now = json.loads(json.dumps({key: settings[key] for key in keys}))
     if not path.is_file():
-        aside = path.with_name(f".{path.name}.part")
-        aside.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_json(path, now)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     changed = sorted(key for key in keys if before.get(key) != now[key])
     if changed:
         raise UserError(

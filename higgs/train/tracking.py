@@ -2,8 +2,8 @@
 
 import importlib.metadata
 import json
-import os
 import platform
+import secrets
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from higgs.errors import UserError
-from higgs.folders import write_json
+from higgs.folders import write_aside, write_json
 from higgs.plots import save_curves
 
 METRICS = "metrics.jsonl"
@@ -77,7 +77,7 @@ def start_wandb(run: Path, name: str, config: LoggerConfig, settings: Mapping[st
 
     path = run / "wandb_id.txt"
     if not path.is_file():
-        path.write_text(wandb.util.generate_id(), encoding="utf-8")
+        write_aside(path, secrets.token_hex(4))
     logged = wandb.init(
         project=config.project, entity=config.entity, name=name, tags=config.tags, mode=config.mode, dir=str(run),
         config=dict(settings), id=path.read_text(encoding="utf-8"), resume="allow",
@@ -125,17 +125,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """JSONL, aside and renamed."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, path)
+    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def record_run(run: Path, settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """What this run is: config.yaml, environment.json (versions, machine, git state, command), and git.diff where the
     code differs from its commit."""
-    aside = run / ".config.yaml.part"
-    aside.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(aside, run / "config.yaml")
+    write_aside(run / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     project = Path(__file__).resolve().parents[2]
     changes = git(project, "diff", "HEAD")
     write_json(
