@@ -157,6 +157,28 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert task.train_step(step_batch(3), 3).finite
 
 
+def test_a_first_batch_that_is_not_finite_fits_no_codebooks():
+    task = make_task()
+    batch = step_batch(0)
+    batch.micro[0]["waveform"][3, 0, 7] = math.inf
+    assert not task.train_step(batch, 0).finite
+    assert not task.fitted
+    assert task.train_step(step_batch(1), 1).finite and task.fitted
+
+
+def test_a_threshold_that_no_code_can_reach_is_told():
+    with pytest.warns(UserWarning, match="only 2.5 vectors for each code"):
+        run_steps(make_task(dead_below=2.5), range(1))
+
+
+def test_operations_are_counted():
+    task = make_task()
+    early, judged = (task.train_step(step_batch(step), step).flops for step in range(2))
+    assert 0 < early < judged
+    # The first convolution of the decoder alone, forward and backward, over 5 frames of 8 clips: 2 operations a product.
+    assert early > 3 * 8 * 5 * 2 * 16 * 32 * 7
+
+
 def test_loss_falls_on_real_speech(shared_data: Path):
     wave = load_audio(shared_data / "ljspeech" / "LJ001-0002.flac", 24000)[: 4 * CROP].view(4, 1, CROP)
     task = make_task(optim={"lr": 4e-3}, discriminator_start=20)

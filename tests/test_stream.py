@@ -209,13 +209,17 @@ def test_a_signal_to_all_processes_leaves_the_loaders_to_the_main_one() -> None:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdout.readline() == "ready\n", process.communicate()[1]
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.stdout.readline() == "done\n", process.communicate()[1]
-    started = time.monotonic()
-    _, said = process.communicate(timeout=30)
-    assert said.rstrip().endswith("ends with its loaders at work")
-    assert time.monotonic() - started < 4, "nothing waits for the loaders"
+    try:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.stdout.readline() == "done\n"
+        started = time.monotonic()
+        _, said = process.communicate(timeout=30)
+        assert said.rstrip().endswith("ends with its loaders at work")
+        assert time.monotonic() - started < 4, "nothing waits for the loaders"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_mistake_in_a_worker_stays_one_sentence() -> None:

@@ -26,9 +26,9 @@ from higgs.model.layers import FeedForward, RMSNorm, rms_normalize
 class Routing:
     """Which rows are audio, worked out once per batch and used by every layer.
 
-    With row indices each feed-forward runs on its own rows only, and padding, which is in neither list, on none. Without them (`everywhere`) both run on all rows and
-    the mask selects: more arithmetic, but no data-dependent shape and so no wait for the device, which is what a
-    decoding step over a batch of mixed rows wants. No mask at all means that every row is audio.
+    With row indices each feed-forward runs on its own rows only, and on padding none does. Without them (`everywhere`)
+    both run on all rows and the mask selects: more arithmetic, but no data-dependent shape and so no wait for the
+    device, which is what a decoding step over a batch of mixed rows wants. No mask at all means that every row is audio.
 
     The last two fields belong to ablations: attention masks by which a token sees its own kind only.
     """

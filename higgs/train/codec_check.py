@@ -3,17 +3,19 @@
 Shapes: B batch, L samples, K codebooks, T frames.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from higgs.audio import save_audio
 from higgs.codec import Codec
 from higgs.codec.losses import mel_distance
 from higgs.codec.quantizer import usage
+from higgs.codec.ragged import Ragged
 from higgs.errors import UserError
 from higgs.plots import save_speech_plot
 from higgs.train.distributed import World
@@ -91,3 +93,21 @@ def write_reconstructions(codec: Codec, clips: Tensor, folder: Path, name: str) 
 
 def rounded(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
+
+
+@torch.no_grad()
+def training_flops(codec: Codec, critics: nn.Module, clip: Tensor) -> tuple[float, float]:
+    """Floating-point operations of training on one clip [1, 1, L]: of the codec, and of its discriminators.
+
+    Counted in a forward pass and multiplied: a backward pass takes twice as many for what is trained, one as many where
+    only the sound gets a gradient. The teacher runs forward alone; discriminators see the clip and its reconstruction.
+    """
+
+    def count(function: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    teacher = count(lambda: codec.semantic_features(Ragged(clip)))
+    whole = count(lambda: codec.reconstruct(clip))
+    return 3.0 * (whole - teacher) + teacher, 7.0 * count(lambda: critics(clip))

@@ -12,6 +12,7 @@ Shapes: B batch, L samples, T frames, K codebooks, N vectors, D width of the cod
 """
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -39,7 +40,7 @@ from higgs.data.draws import random_generator
 from higgs.data.stream import StepBatch
 from higgs.errors import UserError
 from higgs.plots import save_codec_trend
-from higgs.train.codec_check import measure, rounded, write_reconstructions
+from higgs.train.codec_check import measure, rounded, training_flops, write_reconstructions
 from higgs.train.codec_start import first_weights, has_codebooks
 from higgs.train.distributed import World
 from higgs.train.optim import (
@@ -135,6 +136,7 @@ class CodecTask:
         self.critic_optimizer = make_optimizer(self.critic_weights, optim)
         self.ema = None if optim.ema_decay is None else Ema(self.weights, optim.ema_decay)
         self.step = 0  # steps taken
+        self.flops: tuple[float, float] | None = None  # of a clip: codec, discriminators
         self.history: list[dict[str, Any]] = []  # what validation found, for the trend
         self.clips: Tensor | None = None  # [B, 1, L], to be written as samples: of the validation data if there is any
 
@@ -148,6 +150,8 @@ class CodecTask:
         waves = [micro["waveform"].to(self.world.device) for micro in batch.micro]
         if self.clips is None:
             self.clips = waves[0][: self.config.num_samples]
+        if self.flops is None:
+            self.flops = training_flops(self.codec, self.discriminators, waves[0][:1])
         quantize = step >= self.config.quantizer_start or self.fitted
         if quantize and not self.fitted:
             self._fit_codebooks(waves, step)
@@ -182,7 +186,8 @@ class CodecTask:
             use, perplexity = usage(seen.counts)
             metrics |= {"codebook_use": rounded(use), "codebook_perplexity": rounded(perplexity)}
         frames = frames * self.world.size
-        return StepResult(metrics=metrics, finite=finite, tokens=frames, frames=frames)
+        flops = batch.samples * (self.flops[0] + (self.flops[1] if judged else 0.0))
+        return StepResult(metrics=metrics, finite=finite, tokens=frames, frames=frames, flops=flops)
 
     def num_codebooks_at(self, step: int) -> int:
         """How many codebooks a step uses, the same on all ranks."""
@@ -255,6 +260,15 @@ class CodecTask:
         with self._autocast():
             parts = [self.codec.embed(wave).values.transpose(1, 2).flatten(0, 1) for wave in waves]
         features = torch.cat([self.world.gather(full(part).contiguous()) for part in parts])
+        if not features.isfinite().all():
+            return  # the step will not be finite either, and is skipped; the next one fits
+        share = len(features) / self.codec.config.codebook_size
+        if self.config.dead_below >= share and self.world.main:
+            warnings.warn(
+                f"codec_training.dead_below is {self.config.dead_below:g}, but a step has only {share:.2g} vectors for each "
+                "code, so most codes will be replaced again and again. Lower it well below that, or raise data.batch_size.",
+                stacklevel=2,
+            )
         generator = random_generator("kmeans", self.seed, step)
         self.codec.quantizer.fit(features, self.config.kmeans_iterations, generator)
         for buffer in self.codec.quantizer.buffers():

@@ -88,6 +88,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.progress = Progress()
+        self.fill = 1.0  # share of the last step's tokens that is no padding
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.peak = peak_flops(self.world.device, dtype)
 
@@ -143,17 +144,20 @@ class Loop:
             seconds = time.perf_counter() - started
             row = self._row(result, seconds, waited)
             self.tracker.log(row)
+            told = {"loss": row["loss"], "codes right": row.get("code_accuracy"), "tokens/s": row["tokens_per_s"]}
+            told = ", ".join(f"{name} {value:.4g}" for name, value in told.items() if value is not None)
+            bar.set_postfix_str(told, refresh=False)
             bar.update(1)
-            shown = {"loss": row["loss"], "codes right": row.get("code_accuracy"), "tokens/s": row["tokens_per_s"]}
-            bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None))
 
     def _count(self, batch: StepBatch, result: StepResult) -> None:
         """Keeps the tallies, and reports what could not be read and what could not be learnt from."""
         progress, goal = self.progress, self.config.stop_at_accuracy
         accurate = result.finite and goal is not None and result.metrics.get("code_accuracy", 0.0) >= goal
         progress.perfect = progress.perfect + 1 if accurate else 0
-        lost = self.world.sum_(torch.tensor(len(batch.unreadable), device=self.world.device))
-        if int(lost):
+        sums = torch.tensor([len(batch.unreadable), batch.fill], dtype=torch.float32, device=self.world.device)
+        lost, self.fill = self.world.sum_(sums).tolist()
+        self.fill /= self.world.size
+        if lost:
             progress.unreadable += int(lost)
             entries = self.world.gather_json([asdict(entry) for entry in batch.unreadable])
             self._report_unreadable([entry for part in entries for entry in part])
@@ -191,6 +195,7 @@ class Loop:
             "frames_per_s": result.frames / seconds,
             "mfu": None if not self.peak or not result.flops else rate / (self.peak * self.world.size),
             "data_wait_s": waited,
+            "fill": self.fill,
             "step_s": seconds,
             "memory_gb": peak_memory_gb(self.world.device),
             "samples_seen": progress.samples_seen,

@@ -214,7 +214,10 @@ def set_up_lm(config: TrainConfig, parts: Parts, world: World, run: Path) -> Set
     )  # fmt: skip
     if world.main:
         count = sum(p.numel() for p in decoder.parameters()) / 1e6
-        print(f"decoder: {count:.1f} M parameters; {len(data)} training samples", flush=True)
+        lost = [entry for dataset in (data, held_out) if dataset is not None for entry in dataset.unreadable]
+        write_lines(run / "not_coded.jsonl", [asdict(entry) for entry in lost])
+        without = f", without {len(lost)} that could not be coded (not_coded.jsonl)" if lost else ""
+        print(f"decoder: {count:.1f} M parameters; {len(data)} training samples{without}", flush=True)
 
     def finish() -> list[Match]:
         """Every training sample again from its text, through the function behind infer.py."""
