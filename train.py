@@ -3,6 +3,8 @@
 Several processes: torchrun --nproc-per-node 8 train.py +experiment=base_3b data.train=… codec_path=…
 """
 
+import sys
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -22,9 +24,11 @@ def main(config: DictConfig) -> None:
             chat=cli.build(config.chat),
         )
         config.run_dir = cli.sweep_folder(config.run_dir)
-        train(cli.to_dataclass(TrainConfig, config), parts, HydraConfig.get().overrides.task)
+        outcome = train(cli.to_dataclass(TrainConfig, config), parts, HydraConfig.get().overrides.task)
     except cli.UserError as error:  # before Hydra wraps it in a traceback
         cli.fail(error)
+    if not outcome.finished:
+        sys.exit(0)  # not only this run: a sweep that was asked to leave starts no other
 
 
 if __name__ == "__main__":

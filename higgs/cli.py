@@ -1,6 +1,8 @@
 """What the entry points share: free text on the command line, strict configs, errors as one sentence."""
 
+import dataclasses
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -135,6 +137,7 @@ def to_dataclass(schema: type[Schema], config: DictConfig) -> Schema:
     absent = sorted(OmegaConf.missing_keys(config))
     if absent:
         raise UserError(f"The config key '{absent[0]}' has no value; give it on the command line: {absent[0]}=…")
+    check_parts(config)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         return OmegaConf.to_object(merged)
@@ -144,6 +147,26 @@ def to_dataclass(schema: type[Schema], config: DictConfig) -> Schema:
             raise UserError(f"There is no config key '{key}'. Leave it out, or check its spelling.") from error
         key = getattr(error, "full_key", None)
         raise UserError((f"{key}: " if key else "") + str(error).splitlines()[0].rstrip(".") + ".") from error
+
+
+def check_parts(config: DictConfig, where: str = "") -> None:
+    """Every key of a part that Hydra may build is one that its class takes, whether this run builds it or not. Configs
+    are built to see that."""
+    for key in config:
+        node = config._get_node(key)
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+            continue
+        name = f"{where}{key}"
+        check_parts(node, f"{name}.")
+        if "_target_" not in node:
+            continue
+        target = hydra.utils.get_object(node["_target_"])
+        parameters = inspect.signature(target).parameters
+        unknown = [one for one in node if not str(one).startswith("_") and one not in parameters]
+        if unknown and not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            raise UserError(f"There is no config key '{name}.{unknown[0]}'. Leave it out, or check its spelling.")
+        if dataclasses.is_dataclass(target):
+            build(node)
 
 
 def build(node: DictConfig, **more: Any) -> Any:
@@ -162,7 +185,8 @@ def build(node: DictConfig, **more: Any) -> Any:
 
 def run(main: Callable[[], Any], config_name: str, free_text: set[str] | None = None) -> None:
     """Runs a Hydra main: a user's mistake is one sentence on standard error and exit status 2, without a traceback."""
-    sys.argv[1:] = quote_free_text(sys.argv[1:], free_text or set())
+    if not sweeping(sys.argv[1:]):  # there a comma means the next run
+        sys.argv[1:] = quote_free_text(sys.argv[1:], free_text or set())
     try:
         flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
         if sweeping(flags) and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -172,8 +196,8 @@ def run(main: Callable[[], Any], config_name: str, free_text: set[str] | None = 
             )
         if all(flag in ("-m", "--multirun") for flag in flags):  # others (--help, --cfg job) are Hydra's own
             check_overrides(config_name, sys.argv[1:])
-        if sweeping(flags):
-            sys.argv.append(name_by_swept(sys.argv[1:]))
+            if sweeping(flags):
+                sys.argv.append(name_by_swept(sys.argv[1:]))
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             main()

@@ -64,9 +64,9 @@ def generated_codes(frames: Tensor, bos: int, eos: int) -> Tensor:
 
 
 def split_clips(frames: Tensor, bos: int) -> list[Tensor]:
-    """The clips [F_i, K] in one sequence of delayed frames [F, K]: each begins with its all-BOS frame."""
+    """The clips [F_i, K] in one sequence of delayed frames [F, K]: each begins with its all-BOS frame. None where none begins."""
     starts = (frames == bos).all(-1).nonzero()[:, 0].tolist()
-    return [frames[start:stop] for start, stop in zip(starts, [*starts[1:], len(frames)], strict=True)]
+    return [frames[start:stop] for start, stop in zip(starts, [*starts, len(frames)][1:], strict=True)]
 
 
 def _first(mask: Tensor) -> int | None:

@@ -55,8 +55,14 @@ def write_json(path: Path, value: Mapping) -> None:
 def write_aside(path: Path, data: bytes | str) -> None:
     """Writes a file under another name and renames it: it is whole, or as it was before."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_bytes(data.encode() if isinstance(data, str) else data)
-    aside.replace(path)
+    data = data.encode() if isinstance(data, str) else data
+    aside.write_bytes(data)
+    try:
+        aside.replace(path)
+    except FileNotFoundError:
+        # Another rank, that wrote the same, has cleaned up.
+        if not path.is_file() or path.read_bytes() != data:
+            raise
 
 
 class ConfigFile:

@@ -249,13 +249,13 @@ def check_fit(model: HiggsAudioV2ForConditionalGeneration, processor: HiggsAudio
     ours, codec = model.config, processor.audio_tokenizer.config
     if processor.num_codebooks != ours.num_codebooks:
         raise UserError(
-            f"The codec has {processor.num_codebooks} codebooks but the decoder {ours.num_codebooks}. Point "
-            "audio_tokenizer=… to the codec that belongs to the checkpoint."
+            f"The codec has {processor.num_codebooks} codebooks but the decoder {ours.num_codebooks}. Use "
+            "the codec that belongs to the checkpoint (audio_tokenizer=… of infer.py, codec_path=… of train.py)."
         )
     if codec.codebook_size > ours.codebook_size:
         raise UserError(
-            f"The codec has {codec.codebook_size} codes per codebook but the decoder only {ours.codebook_size} rows. Point "
-            "audio_tokenizer=… to the codec that belongs to the checkpoint."
+            f"The codec has {codec.codebook_size} codes per codebook but the decoder only {ours.codebook_size} rows. Use "
+            "the codec that belongs to the checkpoint (audio_tokenizer=… of infer.py, codec_path=… of train.py)."
         )
     for name in (
         "audio_token_id",

@@ -96,3 +96,12 @@ def clip_files(waveforms, tmp_path_factory) -> list[str]:
     for path, waveform in zip(paths, waveforms, strict=True):
         soundfile.write(path, waveform, 24000, subtype="FLOAT")
     return paths
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A manifest of conversations that carry codes, and a codec, for tiny training runs. Do not change them."""
+    import train_cases
+
+    folder = tmp_path_factory.mktemp("parts")
+    return train_cases.write_manifest(folder / "manifest.jsonl"), train_cases.write_codec(folder / "codec")

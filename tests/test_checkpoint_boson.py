@@ -119,7 +119,7 @@ def test_heads_kept_twice_are_read_once(tmp_path):
 
 
 def test_the_tables_of_names_are_each_others_inverse():
-    for name in make_ours(use_text_head=True, attention_bias=True).state_dict():
+    for name in make_ours(use_text_head=True, attention_bias=True, audio_embed_projector=True).state_dict():
         assert from_boson(to_boson(name)) == (name, 0)
         assert from_boson(name) == (name, 0)
 
@@ -135,3 +135,47 @@ def test_split_parts_must_fit_together(tmp_path):
         save_file(altered, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match=r"model\.embed_tokens\.weight"):
             Model.from_pretrained(tmp_path)
+
+
+ORIGINAL_ABLATIONS = {
+    "stack": ({"audio_ffn_layers": []}, {"audio_adapter_type": "stack", "audio_dual_ffn_layers": None}),
+    "some layers": (
+        {"audio_ffn_layers": [1]},
+        {"audio_adapter_type": "dual_ffn", "audio_dual_ffn_layers": [1]},
+    ),
+    "fast-forward": (
+        {"audio_ffn_layers": [0], "audio_fast_forward": True},
+        {"audio_adapter_type": "dual_ffn_fast_forward", "audio_dual_ffn_layers": [0]},
+    ),
+    "embedding": (
+        {"audio_embed_mean": True, "audio_embed_projector": True},
+        {"audio_embed_avg": True, "use_audio_out_embed_projector": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL_ABLATIONS)
+@torch.no_grad()
+def test_the_originals_ablations_are_read(name: str, tmp_path):
+    ours, switches = ORIGINAL_ABLATIONS[name]
+    model = boson_folder(tmp_path, **ours)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | switches))
+    stored = load_file(tmp_path / "model.safetensors")
+    for key in [key for key in stored if "projector" in key]:
+        stored["audio_out_embed_projector.weight"] = stored.pop(key)
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = Model.from_pretrained(tmp_path, use_text_head=True)
+    assert {key: getattr(loaded.config, key) for key in ours} == ours
+    assert not loaded.config.is_released_architecture
+    loaded.config.audio_delay_token_id = model.config.audio_delay_token_id
+    batch = make_batch(model.config, [[5, 3, 4], [9, 1, 6]])
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_the_originals_audio_attention_is_refused(tmp_path):
+    boson_folder(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"use_audio_out_self_attention": True}))
+    with pytest.raises(UserError, match="use_audio_out_self_attention"):
+        Model.from_pretrained(tmp_path)

@@ -306,6 +306,17 @@ def test_validation_measures_every_prefix(tmp_path: Path):
         task.validate([])
 
 
+def test_silence_that_fills_up_a_clip_does_not_count():
+    task = make_task()
+    run_steps(task, range(2))
+    wave = step_batch(50).micro[0]["waveform"][:2]
+    filled = torch.nn.functional.pad(wave, (0, 3 * CROP))
+    alone, padded = (task.validate([StepBatch([{"waveform": clips}], [], 2)]) for clips in (wave, filled))
+    assert padded["codebook_use"] == alone["codebook_use"]
+    for bandwidth, distance in alone["mel_distance"].items():
+        assert padded["mel_distance"][bandwidth] == pytest.approx(distance, abs=1e-4)
+
+
 def test_the_export_is_the_codec_that_was_trained_and_transformers_reads_it(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     task = make_task(optim={"ema_decay": 0.5})

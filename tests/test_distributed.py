@@ -12,16 +12,11 @@ import pytest
 import train_cases as cases
 
 from higgs import HiggsAudioV2ForConditionalGeneration
+from higgs.errors import UserError
 
 STEPS = 6
 SEEN = ["valid_every=3", "sample_every=3", "sample_count=1", "generation.max_new_tokens=12"]  # beside the steps
 MORE = [f"max_steps={STEPS}", "save_every=3", "keep_checkpoints=5", "optim.ema_decay=0.9"]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("parts")
-    return cases.write_manifest(folder / "manifest.jsonl"), cases.write_codec(folder / "codec")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +70,25 @@ def test_counts_and_validation_are_global(alone: Path, ddp: Path, fsdp: Path) ->
         [row for row in cases.records(run) if row["split"] == "valid" and row["step"] == STEPS] for run in (alone, fsdp)
     ]
     assert valid[0][0]["loss"] == pytest.approx(valid[1][0]["loss"], rel=1e-5)
+
+
+def test_a_single_sharded_process_exports_the_averages(alone: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also ddp alone: the command of a run on several ranks works on one."""
+    for strategy in ("fsdp", "ddp"):
+        cases.run_here(cases.arguments(tmp_path / strategy, *parts, *MORE, f"parallel.strategy={strategy}"))
+        assert_close(tmp_path / strategy, alone)
+        ours, theirs = (
+            HiggsAudioV2ForConditionalGeneration.from_pretrained(run / "export", use_text_head=True).state_dict()
+            for run in (tmp_path / strategy, alone)
+        )
+        for name, tensor in ours.items():
+            np.testing.assert_allclose(tensor.numpy(), theirs[name].numpy(), atol=1e-5, err_msg=name)
+
+
+def test_tied_tables_are_not_sharded(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    more = cases.arguments(tmp_path, *parts, "parallel.strategy=fsdp", "+model.config.tie_word_embeddings=true")
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        cases.run_here(more)
 
 
 def test_the_export_is_whole(alone: Path, fsdp: Path) -> None:

@@ -20,7 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 SOURCES = sorted((PROJECT / "higgs").rglob("*.py"))
 LAYERS = {
-    "errors": 0, "folders": 0, "audio": 0, "text": 0, "delay": 0, "transcript": 0,
+    "errors": 0, "folders": 0, "checksums": 0, "audio": 0, "text": 0, "delay": 0, "transcript": 0,
     "codec": 1, "model": 1,
     "chat": 2, "chat_template": 2, "labels": 2, "batch": 2, "inputs": 2, "processor": 2, "generation": 2,
     "checkpoint": 2,

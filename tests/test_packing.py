@@ -211,7 +211,7 @@ def test_what_a_stream_teaches(dataset: TokenizedDataset, layout: str) -> None:
 def check_row(dataset: TokenizedDataset, samples: list[int], frames: Tensor, targets: Tensor) -> None:
     """The frames and labels [F, K] of a row that holds these samples."""
     folder = dataset.folders[0]
-    clips, learnt = split_clips(frames, BOS) if len(frames) else [], []
+    clips, learnt = split_clips(frames, BOS), []
     for sample in samples:
         entry = folder.sample(sample)
         chat = dataset.renderer.build(entry.messages)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,8 @@ from higgs.errors import UserError
 
 STEPS = 10
 MORE = ["max_steps=10", "save_every=3", "optim.ema_decay=0.9", "data.workers=0"]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A manifest and a codec."""
-    folder = tmp_path_factory.mktemp("parts")
-    return cases.write_manifest(folder / "manifest.jsonl"), cases.write_codec(folder / "codec")
+# What happens beside the steps must not change them.
+BESIDE = ["valid_every=4", "sample_every=3", "sample_count=1", "generation=sample", "generation.max_new_tokens=10"]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +30,13 @@ def whole(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_killed_at_any_step_it_goes_on_bit_for_bit(whole: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    overrides = cases.arguments(run, *parts, *MORE)
+    overrides = cases.arguments(run, *parts, *MORE, *BESIDE, f"data.valid={parts[0]}")
     for step in (1, 5, 8):  # before the first checkpoint, and between others
         cases.kill_at(step, run, overrides)
     said = cases.finish(cases.start(overrides))
     assert "resumed after step" in said
     assert cases.losses(run) == cases.losses(whole)
+    assert [row["step"] for row in cases.records(run) if row["split"] == "valid"] == [4, 8, 10]
     for name in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (run / "export" / name).read_bytes() == (whole / "export" / name).read_bytes()
 
@@ -110,14 +107,25 @@ def test_only_damaged_checkpoints_are_an_error(copied: Path, parts: tuple[Path, 
 
 
 def test_the_last_checkpoints_and_the_milestones_stay(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    overrides = ["max_steps=9", "save_every=2", "keep_checkpoints=2", "milestone_every=4"]
+    overrides = ["max_steps=10", "save_every=4", "keep_checkpoints=1", "milestone_every=3"]
     cases.run_here(cases.arguments(tmp_path, *parts, *overrides))
-    assert [int(path.name[5:]) for path in sorted((tmp_path / "checkpoints").iterdir())] == [4, 8, 9]
+    assert [int(path.name[5:]) for path in sorted((tmp_path / "checkpoints").iterdir())] == [3, 6, 9, 10]
 
 
-def test_a_given_checkpoint_is_gone_on_from(copied: Path, whole: Path, parts: tuple[Path, Path]) -> None:
-    again(copied, parts, f"resume={copied}/checkpoints/step-00000009")
-    assert cases.losses(copied) == cases.losses(whole)
+def test_a_given_checkpoint_is_gone_on_from(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """Those of later steps belong to another history from then on: they are set aside, and `auto` goes on with the new."""
+    arguments = cases.arguments(tmp_path, *parts, *MORE, "keep_checkpoints=3")
+    cases.run_here(arguments)
+    before = cases.losses(tmp_path)
+    cases.run_here([*arguments, f"resume={tmp_path}/checkpoints/step-00000006", "max_steps=8", "optim.lr=0.01", "save_every=1"])
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["old-step-00000009", "old-step-00000010", "step-00000006", "step-00000007", "step-00000008"]
+    after = cases.losses(tmp_path)
+    assert max(after) == 8 and all(after[step] == before[step] for step in range(1, 7)) and after[8] != before[8]
+    cases.run_here([*arguments, "max_steps=9", "optim.lr=0.01"])
+    assert cases.losses(tmp_path)[8] == after[8]
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        cases.run_here([*arguments, f"resume={tmp_path}/tokens"])
 
 
 def test_a_folder_belongs_to_one_model(copied: Path, parts: tuple[Path, Path]) -> None:
@@ -184,3 +192,50 @@ def test_a_sweep_under_torchrun_is_refused() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: torchrun") and len(done.stderr.splitlines()) == 1
+
+
+def test_sigterm_before_the_first_step_leaves_with_0(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """While the codec is trained, say: what is there is found again, the rest is made anew."""
+    manifest = cases.PROJECT / "examples" / "speech" / "manifest.jsonl"
+    overrides = [*cases.TINY, f"run_dir={tmp_path}/run", f"data.train={manifest}", "codec_warmup.autoencoder_steps=9999"]
+    started = cases.start(overrides)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / ".lock").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)
+    started[0].send_signal(signal.SIGTERM)
+    cases.finish(started, code=0)
+    assert not (tmp_path / "run" / "processor").exists()
+
+
+def test_sigterm_ends_a_sweep(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    more = ["-m", "max_steps=100000", "seed=1,2"]
+    started = cases.start([*cases.arguments(tmp_path, *parts), *more])
+    cases.wait_for_step(tmp_path / "seed=1", 1, started)
+    started[0].send_signal(signal.SIGTERM)
+    cases.finish(started, code=0)
+    assert not (tmp_path / "seed=2").exists() and list((tmp_path / "seed=1" / "checkpoints").glob("step-*"))
+
+
+def test_one_run_at_a_time_in_a_folder(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    overrides = cases.arguments(tmp_path, *parts, "max_steps=100000")
+    first = cases.start(overrides)
+    cases.wait_for_step(tmp_path, 1, first)
+    second = cases.start(overrides)
+    _, err = second[0].communicate(timeout=120)
+    first[0].kill()
+    first[0].communicate()
+    assert second[0].returncode == 2 and "Another process trains in" in err
+
+
+def test_a_start_that_failed_does_not_bind_the_folder(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="codec_path"):
+        cases.run_here([*cases.TINY, f"run_dir={tmp_path}", f"data.train={parts[0]}", "codec_warmup=null"])
+    cases.run_here(cases.arguments(tmp_path, *parts, "max_steps=1"))
+
+
+def test_validation_data_may_change(copied: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
+    other = cases.write_manifest(tmp_path / "other.jsonl", count=5)
+    again(copied, parts, f"data.valid={parts[0]}", "max_steps=11")
+    again(copied, parts, f"data.valid={other}", "max_steps=12")
+    assert [row["step"] for row in cases.records(copied) if row["split"] == "valid"] == [11, 12]

@@ -75,7 +75,7 @@ def run_here(overrides: list[str]) -> Any:
         model=lambda ids: cli.build(config.model, config=ids),
         chat=cli.build(config.chat),
     )
-    return train(cli.to_dataclass(TrainConfig, config), parts, overrides)
+    return train(cli.to_dataclass(TrainConfig, config), parts, overrides).matches
 
 
 def start(overrides: list[str], processes: int = 1, port: int = 0) -> list[subprocess.Popen]:
@@ -129,11 +129,12 @@ def free_port() -> int:
 
 
 def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> None:
-    """Returns once the log holds `step`; fails where the run ends before."""
+    """Returns once these processes have logged `step`; fails where the run ends before."""
+    before = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").is_file() else 0
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         log = run / "metrics.jsonl"
-        if log.is_file() and log.read_text().count("\n") >= step:
+        if log.is_file() and log.stat().st_mtime_ns > before and log.read_text().count("\n") >= step:
             return
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.002)

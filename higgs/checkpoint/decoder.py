@@ -24,6 +24,7 @@ SPLIT_PARTS = {
 BOSON_PREFIXES = {
     "audio_decoder_proj.": "",
     "audio_codebook_embeddings.": "model.embed_audio_tokens.embed_audio_tokens.",
+    "audio_out_embed_projector.": "model.embed_audio_tokens.projector.",
     "embed_tokens.": "model.embed_tokens.",
     "layers.": "model.layers.",
     "norm.": "model.norm.",
@@ -112,7 +113,29 @@ def config_from_boson(config: Mapping, token_to_id: Callable[[str], int] | None 
     fields.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
     fields |= {ours: config[theirs] for theirs, ours in BOSON_AUDIO_FIELDS.items() if theirs in config}
     fields["codebook_size"] = config["audio_codebook_size"] + 2
+    fields |= _ablations_from_boson(config)
     if token_to_id is not None:
         fields["audio_delay_token_id"] = token_to_id("<|reserved_special_token_6|>")
         fields["eos_token_id"] = token_to_id("<|eot_id|>")
     return fields
+
+
+def _ablations_from_boson(config: Mapping) -> dict:
+    """The original's switches; without them a config means the release, which has DualFFN in every layer."""
+    layers = config["text_config"].get("num_hidden_layers")
+    adapter = config.get("audio_adapter_type")
+    dual = config.get("audio_dual_ffn_layers")
+    if config.get("use_audio_out_self_attention"):
+        raise UserError(
+            "use_audio_out_self_attention is on in this config.json. No released checkpoint has it, and the original "
+            "format is not read with it."
+        )
+    if adapter == "stack":
+        dual = []
+    partly = dual is not None and layers is not None and 0 < len(set(dual)) < layers
+    return {
+        "audio_ffn_layers": dual,
+        "audio_fast_forward": adapter == "dual_ffn_fast_forward" and partly,
+        "audio_embed_mean": bool(config.get("audio_embed_avg")),
+        "audio_embed_projector": bool(config.get("use_audio_out_embed_projector")),
+    }

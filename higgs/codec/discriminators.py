@@ -112,7 +112,7 @@ class SpectrumDiscriminator(nn.Module):
         size = len(self.window)
         with torch.autocast(waveform.device.type, enabled=False):
             spectrum = torch.stft(
-                waveform[:, 0].float(), size, size // 4, window=self.window, pad_mode="constant", return_complex=True
+                waveform[:, 0], size, size // 4, window=self.window, pad_mode="constant", return_complex=True
             )
         return rearrange(torch.view_as_real(spectrum), "b n t c -> b c t n")
 

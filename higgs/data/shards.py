@@ -11,12 +11,10 @@ Shapes: K codebooks, T codec frames of a clip.
 
 import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from higgs.checksums import fault
 from higgs.data.manifest import Sample
 from higgs.errors import UserError
+from higgs.folders import write_aside
 
 FORMAT = "higgs codes 1"
 SOURCE, INDEX = "source.json", "index.json"
@@ -81,18 +81,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    """Writes a file under another name and renames it: it is whole, or not there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_bytes(data)
-    try:
-        aside.replace(path)
-    except FileNotFoundError:
-        # Another rank, that wrote the same, has cleaned up.
-        if not path.is_file() or path.read_bytes() != data:
-            raise
-
-
 def remove_stale(folder: Path, name: str) -> None:
     """Removes what writers of a file left behind that were killed."""
     for stale in folder.glob(f".{name}.*.part"):
@@ -101,14 +89,6 @@ def remove_stale(folder: Path, name: str) -> None:
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
-
-
-@lru_cache(maxsize=2**16)
-def file_digest(path: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file. Its size and the time of its last change (in ns) stand for its content, so that a folder which
-    several parts of a run open is read once."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(
@@ -141,17 +121,6 @@ def finished_shard(folder: Path, number: int) -> ShardRecord | None:
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     return record if whole else None
-
-
-def fault(path: Path, mark: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file that should have this size and SHA-256; None if nothing is."""
-    if not path.is_file():
-        return "is missing"
-    status = path.stat()
-    if status.st_size != mark["size"]:
-        return f"has {status.st_size} bytes instead of {mark['size']}"
-    digest = file_digest(path.absolute(), status.st_size, status.st_mtime_ns)
-    return None if digest == mark["sha256"] else "was altered: its checksum differs"
 
 
 def self_digest(index: Mapping[str, Any]) -> str:

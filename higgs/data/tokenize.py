@@ -31,11 +31,11 @@ from higgs.data.shards import (
     remove_stale,
     shard_name,
     to_json,
-    write_aside,
     write_index,
     write_shard,
 )
 from higgs.errors import UserError
+from higgs.folders import write_aside
 from higgs.inputs import read_audio_item
 
 MIN_SAMPLES = 20  # before the share of unreadable samples is judged

@@ -107,6 +107,9 @@ class HiggsAudioV2Config(ConfigFile):
                 f"rope_parameters is {self.rope_parameters!r}; it must be a mapping with rope_type and so on."
             )
         self.rope_parameters = dict(LLAMA3_ROPE if self.rope_parameters is None else self.rope_parameters)
+        unknown = sorted(self.rope_parameters.keys() - LLAMA3_ROPE.keys())
+        if unknown:
+            raise UserError(f"rope_parameters has unknown keys: {', '.join(unknown)}. Known: {', '.join(LLAMA3_ROPE)}.")
         self.rope_parameters.setdefault("rope_type", "default")
         self.rope_parameters.setdefault("rope_theta", 500000.0)
         if self.eos_token_id is not None and not isinstance(self.eos_token_id, int):
@@ -214,6 +217,10 @@ class HiggsAudioV2Config(ConfigFile):
             values["rope_parameters"] = {"rope_theta": 500000.0 if theta is None else theta, **rope}
         known = {field.name for field in fields(cls)}
         unread = sorted(set(values) - known - FOREIGN_KEYS)
+        rope = values.get("rope_parameters")
+        if isinstance(rope, Mapping):
+            unread += [f"rope_parameters.{key}" for key in rope if key not in LLAMA3_ROPE]
+            values["rope_parameters"] = {key: value for key, value in rope.items() if key in LLAMA3_ROPE}
         if unread:
             warnings.warn(
                 f"config.json holds keys that no part of this model reads: {', '.join(unread)}.", stacklevel=2

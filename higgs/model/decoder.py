@@ -105,7 +105,8 @@ class DualFFNTransformer(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """Input embeddings [B, T, C] and the routing of rows; placeholders take the frames in order.
 
-        `real` [B, T] is 0 at padding that no layer need work on. Raises UserError if the number of placeholders differs from the number of valid frames.
+        `real` [B, T] is 0 at padding that no feed-forward need work on. Raises UserError if the number of placeholders
+        differs from the number of valid frames.
         """
         if input_ids is None and inputs_embeds is None:
             if audio_input_ids is None:

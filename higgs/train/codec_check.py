@@ -34,7 +34,7 @@ class Measured:
 @torch.no_grad()
 def measure(codec: Codec, waves: Iterable[Tensor], world: World) -> tuple[Measured, Tensor | None]:
     """Codes clips [B, 1, L], decodes every prefix of codebooks, and compares; summed over ranks, each with clips of its
-    own. Also returns this rank's first batch.
+    own. The silence that fills up a short clip does not count. Also returns this rank's first batch.
 
     Raises:
         UserError: where no rank has a clip.
@@ -45,13 +45,15 @@ def measure(codec: Codec, waves: Iterable[Tensor], world: World) -> tuple[Measur
     first = None
     for clips in waves:
         first = clips if first is None else first
-        codes = codec.encode(clips).audio_codes
-        for stage, row in enumerate(codes.unbind(1)):
-            counts[stage] += torch.bincount(row.flatten(), minlength=counts.shape[1])
+        lengths = lengths_of(clips, codec.minimum_samples)
+        coded = codec.encode(clips, lengths=lengths)
+        valid = torch.arange(coded.audio_codes.shape[-1], device=world.device) < coded.lengths[:, None]
+        for stage, row in enumerate(coded.audio_codes.unbind(1)):
+            counts[stage] += torch.bincount(row[valid], minlength=counts.shape[1])
         for place, bandwidth in enumerate(bandwidths):
-            heard = decode_prefix(codec, codes, bandwidth, clips.shape[-1])
-            for ours, theirs in zip(heard, clips, strict=True):
-                totals[place] += mel_distance(ours, theirs, codec.sample_rate)
+            heard = decode_prefix(codec, coded.audio_codes, bandwidth, clips.shape[-1], coded.lengths)
+            for ours, theirs, length in zip(heard, clips, lengths.tolist(), strict=True):
+                totals[place] += mel_distance(ours[..., :length], theirs[..., :length], codec.sample_rate)
         totals[-1] += len(clips)
     world.sum_(counts)
     *distances, number = world.sum_(totals).tolist()
@@ -66,9 +68,16 @@ def measure(codec: Codec, waves: Iterable[Tensor], world: World) -> tuple[Measur
     return found, first
 
 
-def decode_prefix(codec: Codec, codes: Tensor, bandwidth: float, length: int) -> Tensor:
-    """Waveforms [B, 1, length] of the codebooks of codes [B, K, T] that a bandwidth pays for."""
-    sound = codec.decode(codes[:, : codec.config.num_codebooks_at(bandwidth)], return_dict=False)
+def lengths_of(clips: Tensor, minimum: int) -> Tensor:
+    """Samples [B] up to the last one that is not zero, of clips [B, 1, L]; at least `minimum`."""
+    places = torch.arange(1, clips.shape[-1] + 1, device=clips.device)
+    return torch.where(clips[:, 0] != 0, places, 0).amax(1).clamp_min(minimum)
+
+
+def decode_prefix(codec: Codec, codes: Tensor, bandwidth: float, length: int, lengths: Tensor | None = None) -> Tensor:
+    """Waveforms [B, 1, length] of the codebooks of codes [B, K, T] (`lengths` [B] frames) that a bandwidth pays for."""
+    kept = codes[:, : codec.config.num_codebooks_at(bandwidth)]
+    sound = codec.decode(kept, return_dict=False, lengths=lengths)
     return nn.functional.pad(sound, (0, max(0, length - sound.shape[-1])))[..., :length]
 
 

@@ -78,6 +78,7 @@ class CodecTrainingConfig:
     discriminator_start: int = 0  # the first step with discriminators
     discriminator_lr_share: float = 1.0  # of the codec's rate
     clip_discriminator_norm: float = 10.0
+    valid_seconds: float = 5.0  # of each clip of the validation data
     num_samples: int = 2  # clips of the validation data that are written as sound and picture
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -126,7 +127,7 @@ class CodecTask:
         add_weight_norm(codec.acoustic_encoder, codec.acoustic_decoder)
         self.discriminators = Discriminators(config.discriminator)
         self.discriminators.init_weights(random_generator("discriminators", seed))
-        self.discriminators.to(world.device)
+        self.discriminators.to(world.device, codec.dtype)
         self.mel_loss = MelLoss(config.loss.mel_windows, config.loss.mel_bands, codec.sample_rate).to(
             world.device, codec.dtype
         )
@@ -305,7 +306,7 @@ class CodecTask:
             found, clips = measure(self.codec, waves, self.world)
         self.clips = clips[: self.config.num_samples] if clips is not None else self.clips
         self.history.append({"step": self.step, **asdict(found)})
-        return asdict(found)
+        return {"loss": list(found.mel_distance.values())[-1], **asdict(found)}  # with all codebooks
 
     def write_samples(self, folder: Path, step: int) -> list[Path]:
         """The original beside the reconstruction at every bandwidth, with pictures: of the validation data, or of the

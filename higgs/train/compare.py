@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,12 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    runs = [read_run(folder) for folder in arguments.runs if not folder.is_file()]  # a picture may lie beside them
-    if not runs:
-        raise UserError("None of the given paths is a run folder; give folders such as runs/*.")
+    folders = [folder for folder in arguments.runs if is_run(folder)]
+    for other in sorted(set(arguments.runs) - set(folders)):
+        print(f"left out: {other} is no run (no {METRICS} and config.yaml in it)", file=sys.stderr)
+    if not folders:
+        raise UserError("None of the given paths is the folder of a run that train.py wrote; give some, such as runs/*.")
+    runs = [read_run(folder) for folder in folders]
     print(table(runs))
     if shared := shared_overrides(runs):
         print(f"\nall: {shared}")
@@ -62,10 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\ncurves: {arguments.plot}")
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / METRICS).is_file() and (folder / "config.yaml").is_file()
+
+
 def read_run(folder: Path) -> Run:
-    """Raises UserError where the folder is not that of a run."""
-    if not (folder / METRICS).is_file() or not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run: it lacks {METRICS} or config.yaml. Give folders that train.py wrote.")
     rows = read_records(folder / METRICS)
     settings = dotted(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     environment = folder / "environment.json"

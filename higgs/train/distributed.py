@@ -80,7 +80,7 @@ def under_torchrun() -> bool:
 
 
 def start(device: str = "auto", strategy: str = "none") -> World:
-    """Joins the processes that torchrun started; alone, a process group is made only where FSDP needs one.
+    """Joins the processes that torchrun started; alone, a process group is made where DDP or FSDP want one.
 
     Raises UserError where there are several processes but nothing that keeps their weights alike.
     """
@@ -94,9 +94,9 @@ def start(device: str = "auto", strategy: str = "none") -> World:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    if under_torchrun() and (size > 1 or strategy == "fsdp"):
+    if under_torchrun() and strategy != "none":
         dist.init_process_group(backend, timeout=TIMEOUT)
-    elif strategy == "fsdp":
+    elif strategy != "none":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, chosen)
 

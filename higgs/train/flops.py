@@ -146,14 +146,11 @@ def published_peak(name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def _measured_cpu(dtype: torch.dtype, threads: int) -> float:
-    """The best of a few square products of a size that fits no cache line by luck: about a tenth of a second."""
+    """The best square product of half a second of them: other jobs disturb most, seldom all."""
     size = 768
-    a, b = (
-        torch.randn(size, size, dtype=torch.float32).to(dtype),
-        torch.randn(size, size, dtype=torch.float32).to(dtype),
-    )
-    best = float("inf")
-    for _ in range(6):
+    a, b = torch.randn(2, size, size).to(dtype)
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < 0.5:
         start = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - start)

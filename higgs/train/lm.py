@@ -26,6 +26,7 @@ from higgs.checkpoint.io import reset_buffers
 from higgs.checkpoint.meta import on_meta
 from higgs.data.manifest import Sample
 from higgs.data.stream import StepBatch
+from higgs.errors import UserError
 from higgs.inference import GenerationOptions, speak
 from higgs.model.loss import decoder_loss, label_counts
 from higgs.plots import save_speech_plot
@@ -97,7 +98,7 @@ class LossSums(nn.Module):
 
 
 class LanguageModelTask:
-    """Trains a DualFFN decoder. `init_from` full weights on rank 0 if the model is sharded; see `build`."""
+    """Trains a DualFFN decoder (a `higgs.train.task.Task`)."""
 
     def __init__(
         self,
@@ -113,7 +114,10 @@ class LanguageModelTask:
         precision: str = "fp32",
         hearing: Hearing | None = None,
     ) -> None:
-        """`decoder` has its first (or a checkpoint's) weights on rank 0; the other ranks' are overwritten."""
+        """`decoder` has its first (or a checkpoint's) weights on rank 0; the other ranks' are overwritten.
+
+        Raises UserError where weights of codebooks do not fit, or where tied tables would have to be sharded.
+        """
         self.world, self.processor, self.hearing = world, processor, hearing
         self.max_steps, self.optim_config, self.precision = max_steps, optim, precision
         self.loss_config = loss or LossConfig()
@@ -126,7 +130,9 @@ class LanguageModelTask:
         self.optimizer = make_optimizer(self.parameters, optim, undecayed=self.frozen.partly)
         self.ema = None if optim.ema_decay is None else Ema(self.parameters, optim.ema_decay)
         count = self.config.num_codebooks
-        weights = self.loss_config.codebooks or [1.0] * count
+        weights = [1.0] * count if self.loss_config.codebooks is None else self.loss_config.codebooks
+        if len(weights) != count:
+            raise UserError(f"loss.codebooks has {len(weights)} weights for {count} codebooks; give one for each, or null.")
         self.codebook_weights = torch.tensor(weights, device=world.device)
 
     def _distribute(self, module: LossSums) -> nn.Module:
@@ -134,6 +140,8 @@ class LanguageModelTask:
         layers, decoder = self.decoder.model.layers, self.decoder
         if self.parallel.strategy != "fsdp":
             return parallelize(module, layers, self.parallel, self.precision, self.world)
+        if self.config.tie_word_embeddings and decoder.text_lm_head is not None:
+            raise UserError("FSDP would cut the tie of embedding and text head; set tie_word_embeddings=false, or use ddp.")
         whole = {name: p.detach() for name, p in decoder.named_parameters()} if self.world.main else {}
         decoder.to_empty(device="meta")
         wrapped = parallelize(module, layers, self.parallel, self.precision, self.world)
@@ -178,12 +186,14 @@ class LanguageModelTask:
     def _done(self, micro: Sequence[BatchFeature]) -> TokenCounts:
         """What a step held over all ranks."""
         own = sum((TokenCounts.of(one, self.config) for one in micro), TokenCounts())
-        every = torch.tensor(astuple(own), dtype=torch.float64, device=self.world.device)
+        every = torch.tensor(astuple(own), device=self.world.device)
         return TokenCounts(*(int(number) for number in self.world.sum_(every).tolist()))
 
     def _sums(self, micro: BatchFeature) -> tuple[Tensor, Tensor, Tensor]:
         inputs = {name: value.to(self.world.device, non_blocking=True) for name, value in micro.items()}
-        with autocast(self.precision, self.world.device):
+        # FSDP casts the weights themselves.
+        precision = "fp32" if self.parallel.strategy == "fsdp" else self.precision
+        with autocast(precision, self.world.device):
             return self.module(inputs)
 
     def _combine(self, codebooks: Tensor, text: Tensor, counts: Tensor) -> Tensor:
@@ -276,15 +286,14 @@ class LanguageModelTask:
                 yield self.decoder if self.world.main else None
                 return
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = get_model_state_dict(self.decoder, options=options)
+            # On one CPU rank these are the live tensors, which take their own values back when the averages go.
+            state = {name: tensor.clone() for name, tensor in get_model_state_dict(self.decoder, options=options).items()}
         if not self.world.main:
             yield None
             return
         with on_meta():
             model = HiggsAudioV2ForConditionalGeneration(deepcopy(self.config), self.decoder.text_lm_head is not None)
         model.load_state_dict(state, strict=True, assign=True)
-        if self.config.tie_word_embeddings and model.text_lm_head is not None:
-            model.text_lm_head.weight = model.model.embed_tokens.weight
         reset_buffers(model, torch.device("cpu"))
         model.generation_config = self.decoder.generation_config
         yield model.eval()

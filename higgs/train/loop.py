@@ -2,13 +2,12 @@
 
 import json
 import math
-import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from higgs.train.distributed import World
 from higgs.train.flops import peak_flops
 from higgs.train.state import Checkpoints
 from higgs.train.task import StepResult, Task
-from higgs.train.tracking import Tracker
+from higgs.train.tracking import Tracker, read_records, write_lines
 
+UNREADABLE = "unreadable.jsonl"
 PERFECT_STEPS = 10  # how many steps in a row must reach `stop_at_accuracy`: a single perfect one may be luck
 
 
@@ -55,10 +55,12 @@ class Progress:
 
 
 class Preemption:
-    """Notes SIGTERM, which asks a run to save and leave."""
+    """What SIGTERM does: while the loop trains it is noted, and the run saves and leaves; before and after, when files are
+    made that a second start finds or makes anew, the process leaves at once. Either way it ends with status 0."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._training = False
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -68,8 +70,18 @@ class Preemption:
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
+
     def _note(self, *_: Any) -> None:
         self.asked = True
+        if not self._training:
+            raise SystemExit(0)
 
 
 @dataclass
@@ -83,6 +95,7 @@ class Loop:
     run: Path
     checkpoints: Checkpoints
     tracker: Tracker | None  # rank 0 alone has one
+    preemption: Preemption = field(default_factory=Preemption)
     precision: str = "fp32"
     valid: Callable[[], Iterable[StepBatch]] | None = None
 
@@ -101,36 +114,36 @@ class Loop:
         self.task.load_scalars(scalars["task"])
         self.stream.load_state_dict(scalars["stream"])
         self.progress = Progress(**scalars["progress"])
+        if self.world.main:  # what is read again is reported again
+            path = self.run / UNREADABLE
+            write_lines(path, [row for row in read_records(path) if row["step"] <= self.progress.step])
         return True
 
     def fit(self) -> bool:
         """Trains to the end; False where SIGTERM cut it short (everything is saved then)."""
-        preemption, saved = Preemption(), self.progress.step
-        first = self.progress.step
-        bar = tqdm(
-            total=self.config.max_steps, initial=first, desc="train", file=sys.stderr, disable=not self.world.main
-        )
-        with preemption.watched(), bar:
-            while self.progress.step < self.config.max_steps and self.progress.perfect < PERFECT_STEPS:
+        first, config = self.progress.step, self.config
+        bar = tqdm(total=config.max_steps, initial=first, desc="train", file=sys.stderr, disable=not self.world.main)
+        with self.preemption.training(), bar:
+            while self.progress.step < config.max_steps and self.progress.perfect < PERFECT_STEPS:
                 self._step(bar)
                 step = self.progress.step
-                last = step == self.config.max_steps or self.progress.perfect >= PERFECT_STEPS
-                if self.valid is not None and (due(step, self.config.valid_every) or last):
-                    self._validate(bar)
-                if due(step, self.config.sample_every) or (last and self.config.sample_every):
-                    self._sample()
-                leave = bool(self.world.max_(torch.tensor(float(preemption.asked), device=self.world.device)))
-                if leave or last or due(step, self.config.save_every):
+                last = step == config.max_steps or self.progress.perfect >= PERFECT_STEPS
+                if self._asked_to_leave() and not last:
                     self._save()
-                    saved = step
-                if leave and not last:
                     if self.world.main:
-                        bar.write(
-                            f"SIGTERM: the state after step {step} is saved; the same command goes on from there."
-                        )
+                        bar.write(f"SIGTERM: the state after step {step} is saved; the same command goes on from there.")
                     return False
-        assert saved == self.progress.step
+                if self.valid is not None and (due(step, config.valid_every) or last):
+                    self._validate(bar)
+                if config.sample_every and (due(step, config.sample_every) or last):
+                    self._sample()
+                if last or due(step, config.save_every) or due(step, self.checkpoints.milestone_every):
+                    self._save()
         return True
+
+    def _asked_to_leave(self) -> bool:
+        """Whether any rank was sent SIGTERM."""
+        return bool(self.world.max_(torch.tensor(float(self.preemption.asked), device=self.world.device)))
 
     def _step(self, bar: tqdm) -> None:
         started = time.perf_counter()
@@ -148,6 +161,7 @@ class Loop:
             told = ", ".join(f"{name} {value:.4g}" for name, value in told.items() if value is not None)
             bar.set_postfix_str(told, refresh=False)
             bar.update(1)
+        self._check_finite(batch)
 
     def _count(self, batch: StepBatch, result: StepResult) -> None:
         """Keeps the tallies, and reports what could not be read and what could not be learnt from."""
@@ -162,9 +176,13 @@ class Loop:
             entries = self.world.gather_json([asdict(entry) for entry in batch.unreadable])
             self._report_unreadable([entry for part in entries for entry in part])
         progress.nonfinite = 0 if result.finite else progress.nonfinite + 1
-        if result.finite:
+        progress.skipped += not result.finite
+
+    def _check_finite(self, batch: StepBatch) -> None:
+        """Names the samples of a step that was skipped, and ends the run after several."""
+        progress = self.progress
+        if not progress.nonfinite:
             return
-        progress.skipped += 1
         ids = [name for part in self.world.gather_json(batch.ids) for name in part]
         named = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
         if self.world.main:
@@ -178,7 +196,7 @@ class Loop:
     def _report_unreadable(self, entries: list[dict[str, str]]) -> None:
         if not self.world.main:
             return
-        with (self.run / "unreadable.jsonl").open("a", encoding="utf-8") as log:
+        with (self.run / UNREADABLE).open("a", encoding="utf-8") as log:
             for entry in entries:
                 tqdm.write(f"unreadable: {entry['id']}: {entry['reason']}", sys.stderr)
                 log.write(json.dumps({"step": self.progress.step, **entry}) + "\n")
@@ -243,16 +261,16 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory that this process has held so far: on the GPU, or resident in RAM (Linux counts in KiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
-def finite_json(row: dict[str, Any]) -> dict[str, Any]:
+def finite_json(value: Any) -> Any:
     """JSON knows no NaN and no infinity: they become null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {name: clean(value) for name, value in row.items()}
+    if isinstance(value, list):
+        return [finite_json(item) for item in value]
+    if isinstance(value, dict):
+        return {name: finite_json(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

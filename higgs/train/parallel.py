@@ -2,9 +2,8 @@
 
     recompute in backward (per layer)  ->  compile (per layer)  ->  DDP, or FSDP2 per layer and for the rest
 
-Nothing here renames a parameter, so what is saved has the plain module's names under every strategy.
-
-Shapes: none; R ranks = replicas x shards.
+Nothing here renames a parameter, so what is saved has the plain module's names under every strategy. With n copies
+(`replicate`) of a sharded model the ranks are n rows of neighbours that share one copy.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 Rank 0 makes what is missing and the others wait; a second start finds it there. Coding is shared by all ranks.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -23,10 +24,11 @@ from higgs.checkpoint.decoder import TEXT_HEAD, key_map
 from higgs.checkpoint.files import stored_tensors
 from higgs.checkpoint.io import load_codec
 from higgs.checkpoint.meta import on_meta
+from higgs.checkpoint.text_model import start_from_text_model
 from higgs.codec import Codec
 from higgs.data.clips import audio_items, load_clips
 from higgs.data.draws import Source
-from higgs.data.manifest import Sample, read_manifest, texts_of
+from higgs.data.manifest import Sample, read_manifest, read_text, texts_of
 from higgs.data.shards import CodedFolder
 from higgs.data.tokenize import codec_identity, tokenize
 from higgs.data.tokenized import TokenizedDataset
@@ -37,22 +39,27 @@ from higgs.text import TextTokenizer
 from higgs.train.codec_warmup import WarmupConfig, warm_up
 from higgs.train.distributed import World
 
+BEGUN_WITH = "begun_with.json"
+
 
 @dataclass
 class Parts:
-    """What Hydra (or a notebook) builds the run from. The model is built last: it needs the tokenizer's ids."""
+    """What Hydra (or a notebook) builds the run from. `tokenizer` is one, or what trains one (called with `texts=`); the
+    model is built last, for it needs the tokenizer's ids."""
 
     codec: Callable[[], Codec]
-    tokenizer: Callable[..., TextTokenizer]
+    tokenizer: TextTokenizer | Callable[..., TextTokenizer]
     model: Callable[[dict[str, Any]], HiggsAudioV2ForConditionalGeneration]
     chat: ChatBuilder = field(default_factory=ChatBuilder)
 
 
 @dataclass
 class Origin:
-    """Where a run's parts come from: a checkpoint to start from, a trained codec, or how to train one at once."""
+    """Where a run's parts come from: a checkpoint to start from, or a text model (Llama) for the text path and, copied,
+    the audio path; a trained codec, or how to train one at once."""
 
     init_from: str | None = None
+    text_model: str | None = None
     codec_path: str | None = None
     codec_warmup: WarmupConfig | None = None
     seed: int = 0
@@ -91,7 +98,7 @@ def make_processor(
     samples = [sample for source in sources for sample in read_samples(source)]
     if not audio_items(samples):
         raise UserError("The data holds no audio, so there is nothing to train on.")
-    tokenizer = parts.tokenizer(texts=texts_of(samples))
+    tokenizer = parts.tokenizer(texts=texts_of(samples)) if callable(parts.tokenizer) else parts.tokenizer
     codec = load_codec(origin.codec_path) if origin.codec_path is not None else None
     tokens = parts.chat.tokens
     ids = token_ids(tokenizer, codec or parts.codec(), tokens)
@@ -152,7 +159,8 @@ def code_sources(
     for number, source in enumerate(sources):
         out = Path(source.path)
         if not out.is_dir():
-            out = run / "tokens" / f"{key}-{number}"
+            digest = hashlib.sha256(read_text(out).encode()).hexdigest()
+            out = run / "tokens" / f"{key}-{number}-{digest[:8]}"
             code_manifest(source.path, out, codec, max_unreadable, world)
             world.barrier()  # the others' shards
         folder = CodedFolder(out)
@@ -241,7 +249,12 @@ def build_decoder(
         if shapes_only:
             with on_meta():
                 return parts.model(ids)
-        return parts.model(ids)
+        decoder = parts.model(ids)
+        if origin.text_model is not None:
+            start_from_text_model(decoder, resolve_folder(origin.text_model))
+        return decoder
+    if origin.text_model is not None:
+        raise UserError("init_from and text_model both say what to start from; give one of them.")
     folder = resolve_folder(origin.init_from)
     mapped = (key_map(use_text_head=True)(name) for name in stored_tensors(folder))
     has_text_head = any(target is not None and target[0] == TEXT_HEAD for target in mapped)
@@ -253,11 +266,10 @@ def build_decoder(
 
 def check_same_run(run: Path, settings: dict[str, Any], keys: Sequence[str]) -> None:
     """A run folder belongs to one model: other settings of `keys` than it was begun with are a UserError."""
-    path = run / "begun_with.json"
-    now = json.loads(json.dumps({key: settings[key] for key in keys}))
+    path = run / BEGUN_WITH
     if not path.is_file():
-        write_json(path, now)
         return
+    now = json.loads(json.dumps({key: settings[key] for key in keys}))
     before = read_json(path)
     changed = sorted(key for key in keys if before.get(key) != now[key])
     if changed:
@@ -265,3 +277,9 @@ def check_same_run(run: Path, settings: dict[str, Any], keys: Sequence[str]) -> 
             f"{run} was begun with other settings of {', '.join(changed)}. Give another run_dir, or delete the folder to "
             "start anew."
         )
+
+
+def note_run(run: Path, settings: dict[str, Any], keys: Sequence[str]) -> None:
+    """Notes what the folder belongs to, once everything has been made from these settings."""
+    if not (run / BEGUN_WITH).is_file():
+        write_json(run / BEGUN_WITH, {key: settings[key] for key in keys})

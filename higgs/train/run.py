@@ -5,26 +5,28 @@ codec: sources -> crops    -> CodecTask                    ─┴-> Loop -> chec
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from higgs.data.crops import CropDataset
 from higgs.data.draws import random_generator, read_sources
 from higgs.data.stream import DataConfig, Dataset, StepBatch, Stream, once
 from higgs.errors import UserError
-from higgs.inference import GenerationOptions
+from higgs.inference import GenerationOptions, check_fit
 from higgs.processor import HiggsAudioV2Processor
 from higgs.train.codec_task import CodecTask, CodecTrainingConfig
 from higgs.train.codec_warmup import WarmupConfig
 from higgs.train.distributed import World, start, stop
 from higgs.train.freeze import FreezeConfig
 from higgs.train.lm import Hearing, LanguageModelTask, LossConfig
-from higgs.train.loop import Loop, LoopConfig
+from higgs.train.loop import Loop, LoopConfig, Preemption
 from higgs.train.optim import OptimConfig
 from higgs.train.parallel import ParallelConfig
 from higgs.train.prepare import (
@@ -35,6 +37,7 @@ from higgs.train.prepare import (
     check_same_run,
     code_sources,
     last_codes,
+    note_run,
     open_dataset,
     prepare_processor,
     prompts_of,
@@ -46,7 +49,7 @@ from higgs.train.task import Task
 from higgs.train.tracking import LoggerConfig, Tracker, record_run, write_lines
 
 # What a run folder belongs to; the rest may change from one start to the next.
-IDENTITY = ("task", "model", "codec", "tokenizer", "chat", "init_from", "codec_path", "freeze")
+IDENTITY = ("task", "model", "codec", "tokenizer", "chat", "init_from", "text_model", "codec_path", "freeze")
 
 
 @dataclass(kw_only=True)
@@ -67,6 +70,7 @@ class TrainConfig(LoopConfig):
     sample_count: int = 4
     reproduce: bool = False
     init_from: str | None = None
+    text_model: str | None = None
     codec_path: str | None = None
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -90,8 +94,19 @@ class TrainConfig(LoopConfig):
             raise UserError("max_steps, accumulate and keep_checkpoints must be at least 1.")
         if self.task == "codec" and self.parallel.strategy == "fsdp":
             raise UserError("The codec fits into every process; use parallel.strategy=ddp for several.")
-        if self.task == "codec" and (self.reproduce or self.init_from or self.codec_path):
-            raise UserError("reproduce, init_from and codec_path belong to task=lm; leave them out.")
+        if self.task == "codec":
+            idle = [name for name, default in LM_ONLY.items() if getattr(self, name) != default]
+            idle += [] if self.parallel == ParallelConfig(self.parallel.strategy) else ["parallel (but for strategy)"]
+            if idle or self.data.layout != "bucket":
+                named = ", ".join([*idle, *(["data.layout"] if self.data.layout != "bucket" else [])])
+                raise UserError(f"{named}: this belongs to task=lm and would do nothing here; leave it out.")
+
+
+# Keys that the codec does not read, with the values that say nothing.
+LM_ONLY = {
+    "reproduce": False, "init_from": None, "text_model": None, "codec_path": None, "stop_at_accuracy": None,
+    "freeze": FreezeConfig(), "loss": LossConfig(),
+}  # fmt: skip
 
 
 @dataclass
@@ -104,24 +119,54 @@ class Setup:
     finish: Callable[[], Any] = lambda: None
 
 
-def train(config: TrainConfig, parts: Parts, overrides: Sequence[str] = ()) -> list[Match] | None:
-    """Trains to the end and exports, or saves and returns where SIGTERM asks for it.
+@dataclass
+class Outcome:
+    """`finished` is False where SIGTERM cut the run short; `matches` say how the training samples came back, where
+    `reproduce` asks for that (on rank 0)."""
 
-    Returns how the training samples came back, where `reproduce` asks for that.
-    """
-    world = start(config.device, config.parallel.strategy)
+    finished: bool
+    matches: list[Match] | None = None
+
+
+def train(config: TrainConfig, parts: Parts, overrides: Sequence[str] = ()) -> Outcome:
+    """Trains to the end and exports; or saves and returns, where SIGTERM asks for it."""
+    preemption = Preemption()
+    with preemption.watched():
+        world = start(config.device, config.parallel.strategy)
+        try:
+            with only_one_in(Path(config.run_dir), world):
+                return run_training(config, parts, world, preemption, overrides)
+        finally:
+            stop()
+
+
+@contextmanager
+def only_one_in(run: Path, world: World) -> Iterator[None]:
+    """Holds the run's folder: a second start into it, say of a job that was queued again too early, is a UserError."""
+    if not world.main:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
     try:
-        return run_training(config, parts, world, overrides)
-    finally:
-        stop()
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"Another process trains in {run}. Wait for it, or give another run_dir.") from error
+    with lock:
+        yield
 
 
-def run_training(config: TrainConfig, parts: Parts, world: World, overrides: Sequence[str]) -> list[Match] | None:
+def run_training(
+    config: TrainConfig, parts: Parts, world: World, preemption: Preemption, overrides: Sequence[str]
+) -> Outcome:
     run, settings = Path(config.run_dir), asdict(config)
     torch.manual_seed(config.seed)
     checkpoints = Checkpoints(run / "checkpoints", world, config.keep_checkpoints, config.milestone_every)
-    begin_folder(run, settings, checkpoints, config.resume, world, overrides)
+    check_start(run, settings, checkpoints, config.resume, world)
     setup = (set_up_codec if config.task == "codec" else set_up_lm)(config, parts, world, run)
+    if world.main:
+        note_run(run, settings, IDENTITY)
+        record_run(run, settings, overrides)
     torch.manual_seed(random_generator("run", config.seed, world.rank).initial_seed())  # dropout differs between ranks
     share = {"rank": world.rank, "size": world.size, "accumulate": config.accumulate}
     loop = Loop(
@@ -132,48 +177,42 @@ def run_training(config: TrainConfig, parts: Parts, world: World, overrides: Seq
         run=run,
         checkpoints=checkpoints,
         tracker=None,
+        preemption=preemption,
         precision=config.precision,
         valid=None if setup.valid is None else partial(validation, setup.valid, config, share),
     )
     resumed = config.resume != "never" and loop.restore(None if config.resume == "auto" else Path(config.resume))
     if world.main:
         start_step = loop.progress.step
-        print(
-            f"{run}: {'resumed after' if resumed else 'starts at'} step {start_step} of {config.max_steps}", flush=True
-        )
+        print(f"{run}: {'resumed after' if resumed else 'starts at'} step {start_step} of {config.max_steps}", flush=True)
         loop.tracker = Tracker(run, config.name, config.logger, settings, start_step)
     try:
-        whole = loop.fit()
+        finished = loop.fit()
     finally:
         if loop.tracker is not None:
             loop.tracker.close(run / "loss.png")
-    if not whole:
-        return None
+    if not finished:
+        return Outcome(False)
     setup.task.export(run / "export")
-    if world.main:
-        print(f"export: {run / 'export'}")
-        return setup.finish()
-    return None
+    if not world.main:
+        return Outcome(True)
+    print(f"export: {run / 'export'}")
+    return Outcome(True, setup.finish())
 
 
 def validation(dataset: Dataset, config: TrainConfig, share: dict[str, int]) -> Iterable[StepBatch]:
     return once(dataset, config.data, **share)
 
 
-def begin_folder(
-    run: Path, settings: dict[str, Any], checkpoints: Checkpoints, resume: str, world: World, overrides: Sequence[str]
-) -> None:
-    """Makes the run's folder and records what runs in it, after checking that it may."""
+def check_start(run: Path, settings: dict[str, Any], checkpoints: Checkpoints, resume: str, world: World) -> None:
+    """Whether these settings may run in this folder; looked at before anything takes time."""
     if resume == "never" and checkpoints.all():
         raise UserError(
             f"{run} holds checkpoints, but resume=never. Give another run_dir, or delete {checkpoints.folder}."
         )
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"resume is '{resume}'; use auto, never, or the path of a folder in a run's checkpoints/.")
-    if world.main:
-        run.mkdir(parents=True, exist_ok=True)
-        check_same_run(run, settings, IDENTITY)
-        record_run(run, settings, overrides)
+    check_same_run(run, settings, IDENTITY)
     world.barrier()
 
 
@@ -184,18 +223,19 @@ def set_up_codec(config: TrainConfig, parts: Parts, world: World, run: Path) -> 
         max_steps=config.max_steps, seed=config.seed, precision=config.precision,
     )  # fmt: skip
     crops = {"sample_rate": codec.sample_rate, "seconds": config.data.crop_seconds, "gain_db": config.data.gain_db}
+    held_out = {**crops, "seconds": config.codec_training.valid_seconds}
     valid = config.data.valid
     return Setup(
         task,
         CropDataset(read_sources(config.data.train), **crops),
-        None if valid is None else CropDataset(read_sources(valid, "data.valid"), **crops),
+        None if valid is None else CropDataset(read_sources(valid, "data.valid"), **held_out),
     )
 
 
 def set_up_lm(config: TrainConfig, parts: Parts, world: World, run: Path) -> Setup:
     started = time.perf_counter()
     sources = read_sources(config.data.train)
-    origin = Origin(config.init_from, config.codec_path, config.codec_warmup, config.seed)
+    origin = Origin(config.init_from, config.text_model, config.codec_path, config.codec_warmup, config.seed)
     prepare_processor(run, sources, origin, parts, world)
     processor = HiggsAudioV2Processor.from_pretrained(run / "processor", device_map=world.device)
     codec, limit = processor.audio_tokenizer, config.data.max_unreadable
@@ -206,6 +246,7 @@ def set_up_lm(config: TrainConfig, parts: Parts, world: World, run: Path) -> Set
         held_out = open_dataset(code_sources(run, held_out, "valid", codec, limit, world), processor)
     sharded = config.parallel.strategy == "fsdp"
     decoder = build_decoder(processor, origin, parts, config.seed, shapes_only=sharded and not world.main)
+    check_fit(decoder, processor)
     prompts = prompts_of(with_codes(data if held_out is None else held_out, config.sample_count))
     task = LanguageModelTask(
         decoder, processor, world,

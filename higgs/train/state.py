@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from higgs.checksums import fault, mark_of
 from higgs.data.draws import random_generator
 from higgs.errors import UserError
 from higgs.folders import read_json, write_json
@@ -47,7 +48,8 @@ class Checkpoints:
         """Writes the state after `step` steps; all ranks call this. The folder appears when it is whole."""
         final, aside = self.folder / name_of(step), self.folder / f".{name_of(step)}.part"
         if self.world.main:
-            shutil.rmtree(aside, ignore_errors=True)
+            for unfinished in self.folder.glob(".step-*.part"):  # of a run that was killed while it saved
+                shutil.rmtree(unfinished)
             (aside / TENSORS).mkdir(parents=True)
         self.world.barrier()
         writer = HuggingFaceStorageWriter(str(aside / TENSORS), save_distributed=True)
@@ -71,21 +73,36 @@ class Checkpoints:
         """Fills `tensors` in place from the newest checkpoint that is whole (or from `only`) and sets this rank's random
         state; returns the step and the scalars, or None where there is no checkpoint.
 
-        A damaged one is reported and the one before is taken. Raises UserError where all are damaged, or where the
-        checkpoint is of another model.
+        A damaged one is reported and the one before is taken. Those of later steps, damaged or of a history that is left
+        here, are renamed to `old-step-…`. Raises UserError where all are damaged, or where the checkpoint is of another
+        model.
         """
         candidates = [only] if only is not None else self.all()[::-1]
         for folder in candidates:
             damage = self._damage(folder)
             if damage is None:
-                return self._load(folder, tensors)
+                step, scalars = self._load(folder, tensors)
+                self._set_aside_after(step)
+                return step, scalars
             if self.world.main:
-                print(f"warning: the checkpoint {folder} is damaged ({damage}); it is left out.", file=sys.stderr)
+                print(f"warning: the checkpoint {folder} is damaged ({damage}).", file=sys.stderr)
+        if only is not None:
+            raise UserError(f"{only} is no whole checkpoint. Give the path of a folder step-… in a run's checkpoints/.")
         if candidates:
             raise UserError(
                 f"No checkpoint in {self.folder} is whole. Copy one back, or delete the folder to start from nothing."
             )
         return None
+
+    def _set_aside_after(self, step: int) -> None:
+        if self.world.main:
+            for path in self.all():
+                if int(path.name.removeprefix("step-")) > step:
+                    old = path.with_name(f"old-{path.name}")
+                    shutil.rmtree(old, ignore_errors=True)
+                    path.rename(old)
+                    print(f"warning: {path} is of a later step than {step}; it is now {old.name}.", file=sys.stderr)
+        self.world.barrier()
 
     def all(self) -> list[Path]:
         """The finished checkpoints, oldest first."""
@@ -104,10 +121,7 @@ class Checkpoints:
     def _digests(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of every file; each rank reads its share."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        mine = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest(path)}
-            for path in paths[self.world.rank :: self.world.size]
-        }
+        mine = {str(path.relative_to(folder)): mark_of(path) for path in paths[self.world.rank :: self.world.size]}
         return {name: entry for part in self.world.gather_json(mine) for name, entry in part.items()}
 
     def _damage(self, folder: Path) -> str | None:
@@ -118,7 +132,7 @@ class Checkpoints:
             if record.pop("sha256") != own_digest(record):
                 raise UserError("it was altered")
             mine = sorted(files)[self.world.rank :: self.world.size]
-            found = next((what for name in mine if (what := altered(folder / name, files[name]))), None)
+            found = next((f"{name} {what}" for name in mine if (what := fault(folder / name, files[name]))), None)
         except (UserError, KeyError, TypeError) as error:
             found = f"{RECORD} cannot be used: {error}"
         return next((what for what in self.world.gather_json(found) if what is not None), None)
@@ -159,20 +173,6 @@ def name_of(step: int) -> str:
 
 def own_digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def altered(path: Path, entry: Mapping[str, Any]) -> str | None:
-    """What differs between a file and its record, if anything."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    return None if digest(path) == entry["sha256"] else f"{path.name} has other contents than were written"
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

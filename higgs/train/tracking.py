@@ -100,11 +100,12 @@ def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def flat(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """`{"codebook_loss": [a, b]}` -> `{"train/codebook_loss_0": a, …}`."""
+    """`{"codebook_loss": [a, b]}` -> `{"train/codebook_loss_0": a, …}`; entries of a dict have their key in that place."""
     numbers: dict[str, float] = {}
     for name, value in row.items():
-        if isinstance(value, list):
-            numbers |= {f"{prefix}/{name}_{place}": item for place, item in enumerate(value)}
+        if isinstance(value, list | dict):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            numbers |= {f"{prefix}/{name}_{place}": item for place, item in items}
         elif isinstance(value, int | float) and name != "step":
             numbers[f"{prefix}/{name}"] = value
     return numbers
