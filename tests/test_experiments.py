@@ -120,7 +120,13 @@ def test_the_original_releases_checkpoint_is_fine_tuned(
 ) -> None:
     """A decoder in the original's format, with tokenizer and codec beside it; the text table and head stay."""
     processor.save_pretrained(tmp_path / "boson")
-    names = ("audio_token_id", "audio_bos_token_id", "audio_delay_token_id", "audio_stream_bos_id", "audio_stream_eos_id")
+    names = (
+        "audio_token_id",
+        "audio_bos_token_id",
+        "audio_delay_token_id",
+        "audio_stream_bos_id",
+        "audio_stream_eos_id",
+    )
     ids = {name: getattr(processor, name) for name in names}
     boson_folder(tmp_path / "boson", vocab_size=processor.tokenizer.vocab_size, codebook_size=1026, **ids)
     before = HiggsAudioV2ForConditionalGeneration.from_pretrained(tmp_path / "boson", use_text_head=True)

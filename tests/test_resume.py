@@ -117,7 +117,9 @@ def test_a_given_checkpoint_is_gone_on_from(parts: tuple[Path, Path], tmp_path: 
     arguments = cases.arguments(tmp_path, *parts, *MORE, "keep_checkpoints=3")
     cases.run_here(arguments)
     before = cases.losses(tmp_path)
-    cases.run_here([*arguments, f"resume={tmp_path}/checkpoints/step-00000006", "max_steps=8", "optim.lr=0.01", "save_every=1"])
+    cases.run_here(
+        [*arguments, f"resume={tmp_path}/checkpoints/step-00000006", "max_steps=8", "optim.lr=0.01", "save_every=1"]
+    )
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["old-step-00000009", "old-step-00000010", "step-00000006", "step-00000007", "step-00000008"]
     after = cases.losses(tmp_path)
@@ -197,7 +199,12 @@ def test_a_sweep_under_torchrun_is_refused() -> None:
 def test_sigterm_before_the_first_step_leaves_with_0(parts: tuple[Path, Path], tmp_path: Path) -> None:
     """While the codec is trained, say: what is there is found again, the rest is made anew."""
     manifest = cases.PROJECT / "examples" / "speech" / "manifest.jsonl"
-    overrides = [*cases.TINY, f"run_dir={tmp_path}/run", f"data.train={manifest}", "codec_warmup.autoencoder_steps=9999"]
+    overrides = [
+        *cases.TINY,
+        f"run_dir={tmp_path}/run",
+        f"data.train={manifest}",
+        "codec_warmup.autoencoder_steps=9999",
+    ]
     started = cases.start(overrides)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / ".lock").is_file() and time.monotonic() < deadline:
@@ -209,8 +216,7 @@ def test_sigterm_before_the_first_step_leaves_with_0(parts: tuple[Path, Path], t
 
 
 def test_sigterm_ends_a_sweep(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    more = ["-m", "max_steps=100000", "seed=1,2"]
-    started = cases.start([*cases.arguments(tmp_path, *parts), *more])
+    started = cases.start(["-m", *cases.arguments(tmp_path, *parts, "max_steps=100000", "seed=1,2")])
     cases.wait_for_step(tmp_path / "seed=1", 1, started)
     started[0].send_signal(signal.SIGTERM)
     cases.finish(started, code=0)

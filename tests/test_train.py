@@ -154,10 +154,15 @@ def test_a_codec_is_used_again(finished: tuple[Path, list[Match]], manifest: Pat
         assert torch.equal(tensor, again[name])
 
 
+def tokens_of(run: Path) -> Path:
+    (folder,) = (run / "tokens").glob("train-0-*")
+    return folder
+
+
 def test_tokens_of_another_codec_are_refused(finished: tuple[Path, list[Match]], tmp_path: Path) -> None:
     run, _ = finished
     codec = cases.write_codec(tmp_path / "codec")
-    overrides = [*SMALL, f"data.train={run}/tokens/train-0", f"run_dir={tmp_path}/run", f"codec_path={codec}"]
+    overrides = [*SMALL, f"data.train={tokens_of(run)}", f"run_dir={tmp_path}/run", f"codec_path={codec}"]
     with pytest.raises(UserError, match="another codec"):
         cases.run_here(overrides)
 
@@ -165,7 +170,7 @@ def test_tokens_of_another_codec_are_refused(finished: tuple[Path, list[Match]],
 def test_data_alone_cannot_bring_a_codec(finished: tuple[Path, list[Match]], tmp_path: Path) -> None:
     run, _ = finished
     with pytest.raises(UserError, match="codec_path"):
-        cases.run_here([*SMALL, f"data.train={run}/tokens/train-0", f"run_dir={tmp_path}/run"])
+        cases.run_here([*SMALL, f"data.train={tokens_of(run)}", f"run_dir={tmp_path}/run"])
 
 
 def test_warm_up_refuses_codes_that_mean_little() -> None:
@@ -196,7 +201,7 @@ def test_equal_codes_counts_missing_frames_as_wrong() -> None:
         (["task=codec", "parallel.compile=true"], "task=lm"),
         (["+experiment=nonsense"], "nonsense"),
         (["-m", "sed=0,1"], "Did you mean 'seed'"),
-        (["+experiment=finetune"], "init_from"),
+        (["+experiment=finetune"], "init_from=PATH"),
         (["+experiment=mini"], "data.train"),
         (["precision=fp16"], "precision"),
         (["task=asr"], "task"),

@@ -56,7 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     for other in sorted(set(arguments.runs) - set(folders)):
         print(f"left out: {other} is no run (no {METRICS} and config.yaml in it)", file=sys.stderr)
     if not folders:
-        raise UserError("None of the given paths is the folder of a run that train.py wrote; give some, such as runs/*.")
+        raise UserError(
+            "None of the given paths is the folder of a run that train.py wrote; give some, such as runs/*."
+        )
     runs = [read_run(folder) for folder in folders]
     print(table(runs))
     if shared := shared_overrides(runs):

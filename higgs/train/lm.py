@@ -132,7 +132,9 @@ class LanguageModelTask:
         count = self.config.num_codebooks
         weights = [1.0] * count if self.loss_config.codebooks is None else self.loss_config.codebooks
         if len(weights) != count:
-            raise UserError(f"loss.codebooks has {len(weights)} weights for {count} codebooks; give one for each, or null.")
+            raise UserError(
+                f"loss.codebooks has {len(weights)} weights for {count} codebooks; give one for each, or null."
+            )
         self.codebook_weights = torch.tensor(weights, device=world.device)
 
     def _distribute(self, module: LossSums) -> nn.Module:
@@ -141,7 +143,9 @@ class LanguageModelTask:
         if self.parallel.strategy != "fsdp":
             return parallelize(module, layers, self.parallel, self.precision, self.world)
         if self.config.tie_word_embeddings and decoder.text_lm_head is not None:
-            raise UserError("FSDP would cut the tie of embedding and text head; set tie_word_embeddings=false, or use ddp.")
+            raise UserError(
+                "FSDP would cut the tie of embedding and text head; set tie_word_embeddings=false, or use ddp."
+            )
         whole = {name: p.detach() for name, p in decoder.named_parameters()} if self.world.main else {}
         decoder.to_empty(device="meta")
         wrapped = parallelize(module, layers, self.parallel, self.precision, self.world)
@@ -287,7 +291,9 @@ class LanguageModelTask:
                 return
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             # On one CPU rank these are the live tensors, which take their own values back when the averages go.
-            state = {name: tensor.clone() for name, tensor in get_model_state_dict(self.decoder, options=options).items()}
+            state = {
+                name: tensor.clone() for name, tensor in get_model_state_dict(self.decoder, options=options).items()
+            }
         if not self.world.main:
             yield None
             return

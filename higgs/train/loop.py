@@ -131,7 +131,9 @@ class Loop:
                 if self._asked_to_leave() and not last:
                     self._save()
                     if self.world.main:
-                        bar.write(f"SIGTERM: the state after step {step} is saved; the same command goes on from there.")
+                        bar.write(
+                            f"SIGTERM: the state after step {step} is saved; the same command goes on from there."
+                        )
                     return False
                 if self.valid is not None and (due(step, config.valid_every) or last):
                     self._validate(bar)

@@ -184,7 +184,9 @@ def run_training(
     resumed = config.resume != "never" and loop.restore(None if config.resume == "auto" else Path(config.resume))
     if world.main:
         start_step = loop.progress.step
-        print(f"{run}: {'resumed after' if resumed else 'starts at'} step {start_step} of {config.max_steps}", flush=True)
+        print(
+            f"{run}: {'resumed after' if resumed else 'starts at'} step {start_step} of {config.max_steps}", flush=True
+        )
         loop.tracker = Tracker(run, config.name, config.logger, settings, start_step)
     try:
         finished = loop.fit()
