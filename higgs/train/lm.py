@@ -272,6 +272,8 @@ class LanguageModelTask:
             if model is not None:
                 model.save_pretrained(folder)
                 self.processor.save_pretrained(folder)
+                if not self.config.is_released_architecture:
+                    print("the export is of an ablation: infer.py computes it, transformers has no class that does")
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
