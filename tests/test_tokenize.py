@@ -212,7 +212,8 @@ def test_killed_with_sigkill_and_started_again(manifest, finished, codec_folder:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert not (out / "index.json").exists() or process.returncode == 0
+        if (out / "index.json").exists():  # the kill may come too late
+            assert content(out) == content(finished)
     process = start(manifest, out, codec_folder, "--processes", "1")
     printed, bar = process.communicate(timeout=120)
     assert process.returncode == 0, bar

@@ -203,6 +203,7 @@ def test_equal_codes_counts_missing_frames_as_wrong() -> None:
         (["-m", "sed=0,1"], "Did you mean 'seed'"),
         (["+experiment=finetune"], "init_from=PATH"),
         (["+experiment=mini"], "data.train"),
+        (["+experiment=base_3b"], "tokenizer.folder"),
         (["precision=fp16"], "precision"),
         (["task=asr"], "task"),
     ],
