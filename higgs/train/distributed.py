@@ -91,7 +91,7 @@ def start(device: str = "auto", strategy: str = "none") -> World:
         )
     chosen = pick_device(device)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if under_torchrun() and strategy != "none":
