@@ -135,8 +135,11 @@ def test_a_folder_belongs_to_one_model(copied: Path, parts: tuple[Path, Path]) -
         again(copied, parts, "model.config.hidden_size=64")
     with pytest.raises(UserError, match="resume=never"):
         again(copied, parts, "resume=never")
-    with pytest.raises(UserError, match="seed"):
-        again(copied, parts, "seed=1", "max_steps=12")
+    processor = (copied / "processor" / "audio_tokenizer" / "model.safetensors").stat().st_mtime_ns
+    for more in ("seed=1", "codec_warmup.lr=0.5", "codec.config.codebook_dim=16"):
+        with pytest.raises(UserError, match="begun with other settings of"):
+            again(copied, parts, more, "max_steps=12")
+    assert (copied / "processor" / "audio_tokenizer" / "model.safetensors").stat().st_mtime_ns == processor
 
 
 def test_more_steps_go_on_from_the_end(copied: Path, parts: tuple[Path, Path]) -> None:
@@ -235,9 +238,17 @@ def test_one_run_at_a_time_in_a_folder(parts: tuple[Path, Path], tmp_path: Path)
 
 
 def test_a_start_that_failed_does_not_bind_the_folder(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
     with pytest.raises(UserError, match="codec_path"):
-        cases.run_here([*cases.TINY, f"run_dir={tmp_path}", f"data.train={parts[0]}", "codec_warmup=null"])
-    cases.run_here(cases.arguments(tmp_path, *parts, "max_steps=1"))
+        cases.run_here([*cases.TINY, f"run_dir={run}", f"data.train={parts[0]}", "codec_warmup=null"])
+    other = tmp_path / "other"
+    cases.write_codec(other, seed=1)
+    with pytest.raises(UserError, match="multiple of 3"):  # found out when the other codec has been taken over
+        cases.run_here(cases.arguments(run, parts[0], other, "accumulate=3"))
+    cases.run_here(cases.arguments(run, *parts, "max_steps=1"))
+    weights = "audio_tokenizer/model.safetensors"
+    assert (run / "export" / weights).read_bytes() == (run / "processor" / weights).read_bytes()
+    assert (run / "export" / weights).read_bytes() == (parts[1] / "model.safetensors").read_bytes()
 
 
 def test_validation_data_may_change(copied: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:

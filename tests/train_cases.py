@@ -47,11 +47,11 @@ def write_manifest(path: Path, count: int = 12, codebooks: int = 8, codes: int =
     return path
 
 
-def write_codec(folder: Path) -> Path:
+def write_codec(folder: Path, seed: int = 0) -> Path:
     """An untrained codec of configs/codec/debug.yaml with random codebooks."""
     with initialize_config_dir(str(PROJECT / "configs"), version_base="1.3"):
         codec = cli.build(compose("train").codec)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     codec.init_weights(generator)
     for stage in codec.quantizer.quantizers:
         codebook = stage.codebook

@@ -8,6 +8,7 @@ Rank 0 makes what is missing and the others wait; a second start finds it there.
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,15 +84,23 @@ def token_ids(tokenizer: TextTokenizer, codec: Codec, tokens: ChatTokens) -> dic
     }
 
 
-def prepare_processor(run: Path, sources: Sequence[Source], origin: Origin, parts: Parts, world: World) -> None:
-    """Makes run_dir/processor (text tokenizer, chat template, codec) on rank 0, unless it is there."""
-    if world.main and not (run / "processor").is_dir():
-        make_processor(run, sources, origin, parts, world.device).save_pretrained(run / "processor")
+def prepare_processor(
+    run: Path, sources: Sequence[Source], origin: Origin, parts: Parts, settings: dict[str, Any], world: World
+) -> None:
+    """Makes run_dir/processor (text tokenizer, chat template, codec) on rank 0, unless it is there and was made from the
+    same `settings`: a start that failed leaves one that the next may not want."""
+    folder, record = run / "processor", run / "processor" / "made_from.json"
+    settings = json.loads(json.dumps(settings))
+    if world.main and not (record.is_file() and read_json(record) == settings):
+        for stale in (folder, run / "tokens"):
+            shutil.rmtree(stale, ignore_errors=True)
+        make_processor(sources, origin, parts, world.device).save_pretrained(folder)
+        write_json(record, settings)
     world.barrier()
 
 
 def make_processor(
-    run: Path, sources: Sequence[Source], origin: Origin, parts: Parts, device: torch.device
+    sources: Sequence[Source], origin: Origin, parts: Parts, device: torch.device
 ) -> HiggsAudioV2Processor:
     if origin.init_from is not None:
         return HiggsAudioV2Processor.from_pretrained(origin.init_from, audio_tokenizer=origin.codec_path)

@@ -48,8 +48,10 @@ from higgs.train.state import Checkpoints
 from higgs.train.task import Task
 from higgs.train.tracking import LoggerConfig, Tracker, record_run, write_lines
 
-# What a run folder belongs to; the rest may change from one start to the next.
-IDENTITY = ("task", "model", "codec", "tokenizer", "chat", "init_from", "text_model", "codec_path", "freeze")
+# What the text tokenizer and the codec of a run are made from …
+PROCESSOR = ("codec", "tokenizer", "chat", "init_from", "codec_path", "codec_warmup", "seed")
+# … and what its folder belongs to; other settings may change from one start to the next.
+IDENTITY = ("task", "model", "text_model", "freeze", *PROCESSOR)
 
 
 @dataclass(kw_only=True)
@@ -164,9 +166,6 @@ def run_training(
     checkpoints = Checkpoints(run / "checkpoints", world, config.keep_checkpoints, config.milestone_every)
     check_start(run, settings, checkpoints, config.resume, world)
     setup = (set_up_codec if config.task == "codec" else set_up_lm)(config, parts, world, run)
-    if world.main:
-        note_run(run, settings, IDENTITY)
-        record_run(run, settings, overrides)
     torch.manual_seed(random_generator("run", config.seed, world.rank).initial_seed())  # dropout differs between ranks
     share = {"rank": world.rank, "size": world.size, "accumulate": config.accumulate}
     loop = Loop(
@@ -183,6 +182,8 @@ def run_training(
     )
     resumed = config.resume != "never" and loop.restore(None if config.resume == "auto" else Path(config.resume))
     if world.main:
+        note_run(run, settings, IDENTITY)
+        record_run(run, settings, overrides)
         start_step = loop.progress.step
         print(
             f"{run}: {'resumed after' if resumed else 'starts at'} step {start_step} of {config.max_steps}", flush=True
@@ -238,7 +239,8 @@ def set_up_lm(config: TrainConfig, parts: Parts, world: World, run: Path) -> Set
     started = time.perf_counter()
     sources = read_sources(config.data.train)
     origin = Origin(config.init_from, config.text_model, config.codec_path, config.codec_warmup, config.seed)
-    prepare_processor(run, sources, origin, parts, world)
+    made_from = {key: value for key, value in asdict(config).items() if key in PROCESSOR}
+    prepare_processor(run, sources, origin, parts, made_from, world)
     processor = HiggsAudioV2Processor.from_pretrained(run / "processor", device_map=world.device)
     codec, limit = processor.audio_tokenizer, config.data.max_unreadable
     data = open_dataset(code_sources(run, sources, "train", codec, limit, world), processor)
