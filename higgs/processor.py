@@ -19,7 +19,7 @@ from higgs.chat import ChatRenderer, ChatTokens, Conversation, Modality, Rendere
 from higgs.chat_template import choose_renderer, own_template
 from higgs.checkpoint.files import staged_folder
 from higgs.checkpoint.io import load_codec, save_codec
-from higgs.codec import Codec
+from higgs.codec import Codec, encode_clips
 from higgs.errors import UserError
 from higgs.folders import read_json, resolve_folder, write_json
 from higgs.inputs import AudioFeatureExtractor, read_audio_item
@@ -211,17 +211,9 @@ class HiggsAudioV2Processor:
         tail = self.num_codebooks - 1
         return self.audio_token * (num_audio_tokens - tail) + self.audio_delay_token * tail
 
-    @torch.no_grad()
     def encode_audio(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Code mono clips, each [L] at the codec's rate, in one batch -> codes [K, T] of each, on the CPU."""
-        if not waveforms:
-            return []
-        codec = self.audio_tokenizer
-        lengths = torch.tensor([len(waveform) for waveform in waveforms])
-        padded = pad_sequence(list(waveforms), batch_first=True)[:, None]
-        encoded = codec.encode(padded.to(codec.device, codec.dtype), lengths=lengths.to(codec.device))
-        codes, frames = encoded.audio_codes.cpu(), encoded.lengths.tolist()
-        return [row[:, :length] for row, length in zip(codes, frames, strict=True)]
+        return encode_clips(self.audio_tokenizer, waveforms)
 
     def _code_items(self, chats: Sequence[RenderedChat]) -> list[Tensor]:
         """Codes [K, T] of every audio item, in order; those given as waveforms are coded in one batch."""

@@ -10,7 +10,7 @@ rounding of floating-point sums.
 Shapes: B batch, L samples, T frames, K codebooks, C channels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import pad_sequence
 
 from higgs.audio import resample, resampled_length
 from higgs.codec.acoustic import AcousticDecoder, AcousticEncoder
@@ -66,6 +67,18 @@ class Reconstruction:
     quantized: Quantized | None
     teacher: Tensor
     semantic: Tensor
+
+
+@torch.no_grad()
+def encode_clips(codec: "Codec", waveforms: Sequence[Tensor]) -> list[Tensor]:
+    """Codes mono clips, each [L] at the codec's rate, in one batch -> codes [K, T] of each, on the CPU."""
+    if not waveforms:
+        return []
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
+    padded = pad_sequence(list(waveforms), batch_first=True)[:, None]
+    encoded = codec.encode(padded.to(codec.device, codec.dtype), lengths=lengths.to(codec.device))
+    codes, frames = encoded.audio_codes.cpu(), encoded.lengths.tolist()
+    return [row[:, :length] for row, length in zip(codes, frames, strict=True)]
 
 
 class Codec(nn.Module):

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from higgs.audio import sound_info
-from higgs.codec import Codec
+from higgs.codec import Codec, encode_clips
 from higgs.data.clips import audio_items
 from higgs.data.manifest import Sample, read_manifest, read_text
 from higgs.data.shards import (
@@ -159,8 +158,13 @@ def check_share(unreadable: Sequence[dict[str, str]], seen: int, config: Tokeniz
         )
 
 
+def manifest_digest(manifest: str | Path) -> str:
+    """What tells one manifest from another: the SHA-256 of its text."""
+    return hashlib.sha256(read_text(Path(manifest)).encode()).hexdigest()
+
+
 def code_source(manifest: str | Path, samples: Sequence[Sample], codec: Codec, config: TokenizeConfig) -> CodeSource:
-    digest = hashlib.sha256(read_text(Path(manifest)).encode()).hexdigest()
+    digest = manifest_digest(manifest)
     return CodeSource(digest, len(samples), config.shard_samples, float(config.batch_seconds), codec_identity(codec))
 
 
@@ -271,7 +275,7 @@ def code_clips(clips: Sequence[Clip], codec: Codec, batch_seconds: float, faults
             for clip, wave in zip(batch, loaded, strict=True):
                 if not isinstance(wave, Tensor):
                     faults.setdefault(clip.sample, str(wave))
-            codes = encode_batch(codec, [wave for _, wave in good])
+            codes = encode_clips(codec, [wave for _, wave in good])
             for (clip, _), one in zip(good, codes, strict=True):
                 clip.codes = one
 
@@ -285,18 +289,6 @@ def length_batches(clips: Sequence[Clip], limit: float) -> list[list[Clip]]:
         else:
             batches.append([clip])
     return batches
-
-
-@torch.no_grad()
-def encode_batch(codec: Codec, waveforms: Sequence[Tensor]) -> list[Tensor]:
-    """Codes [K, T] of each clip [L], on the CPU."""
-    if not waveforms:
-        return []
-    lengths = torch.tensor([len(waveform) for waveform in waveforms])
-    padded = pad_sequence(list(waveforms), batch_first=True)[:, None].to(codec.device, codec.dtype)
-    encoded = codec.encode(padded, lengths=lengths.to(codec.device))
-    codes, frames = encoded.audio_codes.cpu(), encoded.lengths.tolist()
-    return [row[:, :length] for row, length in zip(codes, frames, strict=True)]
 
 
 def check_codes(codes: Tensor, codec: Codec) -> Tensor:

@@ -6,7 +6,6 @@
 Rank 0 makes what is missing and the others wait; a second start finds it there. Coding is shared by all ranks.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -29,9 +28,9 @@ from higgs.checkpoint.text_model import start_from_text_model
 from higgs.codec import Codec
 from higgs.data.clips import audio_items, load_clips
 from higgs.data.draws import Source
-from higgs.data.manifest import Sample, read_manifest, read_text, texts_of
+from higgs.data.manifest import Sample, read_manifest, texts_of
 from higgs.data.shards import CodedFolder
-from higgs.data.tokenize import codec_identity, tokenize
+from higgs.data.tokenize import TokenizeConfig, codec_identity, manifest_digest, tokenize
 from higgs.data.tokenized import TokenizedDataset
 from higgs.errors import UserError
 from higgs.folders import read_json, resolve_folder, write_json
@@ -155,8 +154,7 @@ def read_samples(source: Source) -> list[Sample]:
     """All conversations of a manifest or of a folder of codes."""
     if not Path(source.path).is_dir():
         return read_manifest(source.path)
-    folder = CodedFolder(source.path)
-    return [folder.sample(number) for number in range(len(folder))]
+    return list(CodedFolder(source.path).samples())
 
 
 def code_sources(
@@ -168,8 +166,7 @@ def code_sources(
     for number, source in enumerate(sources):
         out = Path(source.path)
         if not out.is_dir():
-            digest = hashlib.sha256(read_text(out).encode()).hexdigest()
-            out = run / "tokens" / f"{key}-{number}-{digest[:8]}"
+            out = run / "tokens" / f"{key}-{number}-{manifest_digest(source.path)[:8]}"
             code_manifest(source.path, out, codec, max_unreadable, world)
             world.barrier()  # the others' shards
         folder = CodedFolder(out)
@@ -183,8 +180,6 @@ def code_sources(
 
 
 def code_manifest(manifest: str, out: Path, codec: Codec, max_unreadable: float, world: World) -> None:
-    from higgs.data.tokenize import TokenizeConfig
-
     with tqdm(desc="tokenize", unit="sample", file=sys.stderr, disable=not world.main) as bar:
         tokenize(
             manifest, out, codec, TokenizeConfig(max_unreadable=max_unreadable), rank=world.rank, size=world.size,

@@ -5,7 +5,7 @@ codec: sources -> crops    -> CodecTask                    ─┴-> Loop -> chec
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from higgs.data.crops import CropDataset
 from higgs.data.draws import random_generator, read_sources
-from higgs.data.stream import DataConfig, Dataset, StepBatch, Stream, once
+from higgs.data.stream import DataConfig, Dataset, Stream, once
 from higgs.errors import UserError
 from higgs.inference import GenerationOptions, check_fit
 from higgs.processor import HiggsAudioV2Processor
@@ -178,7 +178,7 @@ def run_training(
         tracker=None,
         preemption=preemption,
         precision=config.precision,
-        valid=None if setup.valid is None else partial(validation, setup.valid, config, share),
+        valid=None if setup.valid is None else partial(once, setup.valid, config.data, **share),
     )
     resumed = config.resume != "never" and loop.restore(None if config.resume == "auto" else Path(config.resume))
     if world.main:
@@ -201,10 +201,6 @@ def run_training(
         return Outcome(True)
     print(f"export: {run / 'export'}")
     return Outcome(True, setup.finish())
-
-
-def validation(dataset: Dataset, config: TrainConfig, share: dict[str, int]) -> Iterable[StepBatch]:
-    return once(dataset, config.data, **share)
 
 
 def check_start(run: Path, settings: dict[str, Any], checkpoints: Checkpoints, resume: str, world: World) -> None:
