@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from higgs.cli import fail, show_warning
 from higgs.data import tokenize_command
 from higgs.errors import UserError
+from higgs.eval import command as evaluate_command
 from higgs.train import compare
 
 
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """A user's mistake is one sentence on standard error and exit status 2, without a traceback."""
     parser = argparse.ArgumentParser(prog="higgs", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (tokenize_command, compare):
+    for module in (tokenize_command, evaluate_command, compare):
         module.add_command(commands)
     options = parser.parse_args(arguments)
     try:

@@ -155,24 +155,36 @@ def save_audio(path: str | os.PathLike, waveform: Tensor | np.ndarray, sample_ra
     The file appears only once it is complete; folders that are missing are made. Samples beyond -1…1 are clipped.
     """
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"Cannot write {path}: the suffix must be one of {', '.join(FORMATS)}.")
-    samples = torch.as_tensor(waveform).detach().float().cpu()
-    if samples.numel() != samples.shape[-1]:
-        raise UserError(f"Cannot write {path}: expected one mono clip [L], got shape {tuple(samples.shape)}.")
-    if not samples.isfinite().all():
-        raise UserError(f"Cannot write {path}: the waveform holds NaN or infinite samples.")
-    file_format, subtype = FORMATS[path.suffix.lower()]
+    data = encode_audio(waveform, sample_rate, path.suffix.lower(), f"Cannot write {path}: ")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = samples.reshape(-1).clamp(-1.0, 1.0).numpy()
-        soundfile.write(partial, data, sample_rate, subtype=subtype, format=file_format)
+        partial.write_bytes(data)
         os.replace(partial, path)
-    except (OSError, soundfile.LibsndfileError) as error:
+    except OSError as error:
         raise UserError(f"Cannot write {path}: {error}.") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def encode_audio(waveform: Tensor | np.ndarray, sample_rate: int, suffix: str = ".flac", fault: str = "") -> bytes:
+    """The bytes of a sound file of mono samples [L], as `save_audio` writes it. An error begins with `fault`."""
+    if suffix not in FORMATS:
+        raise UserError(f"{fault}the suffix must be one of {', '.join(FORMATS)}.")
+    samples = torch.as_tensor(waveform).detach().float().cpu()
+    if samples.numel() != samples.shape[-1]:
+        raise UserError(f"{fault}expected one mono clip [L], got shape {tuple(samples.shape)}.")
+    if not samples.isfinite().all():
+        raise UserError(f"{fault}the waveform holds NaN or infinite samples.")
+    file_format, subtype = FORMATS[suffix]
+    buffer = io.BytesIO()
+    try:
+        soundfile.write(
+            buffer, samples.reshape(-1).clamp(-1.0, 1.0).numpy(), sample_rate, subtype=subtype, format=file_format
+        )
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{fault}{error}.") from error
+    return buffer.getvalue()
 
 
 def log_mel(

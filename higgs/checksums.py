@@ -1,6 +1,7 @@
 """Files with a record of their size and SHA-256, so that one that was cut off or altered is found out."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -29,3 +30,13 @@ def file_digest(path: Path, size: int, changed: int) -> str:
     several parts of a run open is read once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(path: str | Path) -> str:
+    """The SHA-256 of a file, or of the names and contents of all files in a folder."""
+    path = Path(path)
+    if path.is_file():
+        return mark_of(path)["sha256"]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    marks = {file.relative_to(path).as_posix(): mark_of(file)["sha256"] for file in files}
+    return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()

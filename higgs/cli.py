@@ -49,6 +49,21 @@ def quote_free_text(arguments: list[str], keys: set[str]) -> list[str]:
     return quoted
 
 
+def compose(config_name: str, overrides: list[str], folder: Path = CONFIGS) -> DictConfig:
+    """A config composed outside a Hydra main; a mistake is one sentence.
+
+    Raises:
+        UserError: saying which key or option does not exist, with a suggestion.
+    """
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            return hydra.compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, config_name, folder)) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
 def check_overrides(config_name: str, arguments: list[str]) -> None:
     """Composes the config once before Hydra's own start, so that a mistake is one sentence and not a page.
 
@@ -58,12 +73,9 @@ def check_overrides(config_name: str, arguments: list[str]) -> None:
     try:
         if sweeping(arguments):
             overrides = [first_choice(one) for one in OverridesParser.create().parse_overrides(overrides)]
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            hydra.compose(config_name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except HydraException as error:
         raise UserError(explain(error, config_name)) from error
-    finally:
-        GlobalHydra.instance().clear()
+    compose(config_name, overrides)
 
 
 def sweeping(arguments: list[str]) -> bool:
@@ -93,7 +105,7 @@ def sweep_folder(run_dir: str) -> str:
     return str(Path(run_dir) / (named or str(hydra_config.job.num)))
 
 
-def explain(error: Exception, config_name: str) -> str:
+def explain(error: Exception, config_name: str, folder: Path = CONFIGS) -> str:
     """One sentence from Hydra's or OmegaConf's message, with a suggestion where a key is close to a real one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OverrideParseException):
@@ -103,23 +115,26 @@ def explain(error: Exception, config_name: str) -> str:
         )
     missing = re.search(r"Could not override '([^']+)'", str(error))
     if missing:
-        return f"There is no config key '{missing[1]}'.{suggestion(missing[1], config_name)}"
+        return f"There is no config key '{missing[1]}'.{suggestion(missing[1], config_name, folder)}"
     group = re.search(r"In '[^']*': Could not find '([^']+)'", str(error)) or re.search(
         r"Could not find '([^']+)'", str(error)
     )
     if group:
-        folder = CONFIGS / Path(group[1]).parent
-        options = sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
+        group_folder = folder / Path(group[1]).parent
+        options = sorted(path.stem for path in group_folder.glob("*.yaml")) if group_folder.is_dir() else []
         return f"There is no config '{group[1]}'." + (f" There are: {', '.join(options)}." if options else "")
     # Everything up to Hydra's advice on sweeping and appending, which does not help here.
     return " ".join(line for line in lines if not re.match(r"(To append|full_key|object_type|See https)", line))
 
 
-def suggestion(key: str, config_name: str) -> str:
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        known = flat_keys(hydra.compose(config_name))
+def suggestion(key: str, config_name: str, folder: Path) -> str:
+    known = flat_keys(compose(config_name, [], folder))
     close = difflib.get_close_matches(key, known, n=1)
-    return f" Did you mean '{close[0]}'?" if close else f" Its keys are in configs/{config_name}.yaml."
+    return (
+        f" Did you mean '{close[0]}'?"
+        if close
+        else f" Its keys are in {(folder / config_name).relative_to(CONFIGS.parent)}.yaml."
+    )
 
 
 def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:

@@ -1,8 +1,8 @@
-"""Checkpoint folders as paths and JSON: finding them, reading and writing `config.json`."""
+"""Checkpoint folders as paths, JSON and JSONL: finding them, reading and writing `config.json` and logs."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,6 +63,24 @@ def write_aside(path: Path, data: bytes | str) -> None:
         # Another rank, that wrote the same, has cleaned up.
         if not path.is_file() or path.read_bytes() != data:
             raise
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL log; a last line that a kill cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is not valid JSON ({error}). Repair or delete it.") from error
+    return rows
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSONL, aside and renamed."""
+    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class ConfigFile:

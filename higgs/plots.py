@@ -1,8 +1,9 @@
-"""Pictures for people who would rather look: spectrogram with codes, loss curves.
+"""Pictures for people who would rather look: spectrograms with codes or side by side, loss curves, histograms.
 
 Shapes: L samples, M mel bands, K codebooks, F frames.
 """
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,41 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     aside = path.with_name(f".{path.name}.part")
     figure.savefig(aside, format="png", dpi=110, bbox_inches="tight")
     os.replace(aside, path)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def histogram_png(values: Sequence[float], label: str) -> bytes:
+    """How values are spread, with their mean."""
+    figure = Figure(figsize=(3.6, 2.2))
+    axes = figure.subplots()
+    # Alike values have no spread that bins could be cut from.
+    spread = max(values) - min(values) > 1e-9 * max(1.0, abs(max(values)))
+    axes.hist(values, bins=min(30, max(5, len(values) // 3)) if spread else 1, color="#4878a8")
+    axes.axvline(sum(values) / len(values), color="#c44e52", linewidth=1.5)
+    axes.set(xlabel=label, ylabel="samples")
+    axes.tick_params(labelsize="small")
+    return png(figure)
+
+
+def spectrograms_png(sounds: Sequence[tuple[str, Tensor, int]]) -> bytes:
+    """Log-mel spectrograms one above the other, of named samples [L] at their rates, on one axis of time and colour."""
+    figure = Figure(figsize=(8, 1.7 * len(sounds)))
+    rows = figure.subplots(len(sounds), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, waveform, rate) in zip(rows, sounds, strict=True):
+        mel = log_mel(waveform, rate).numpy()
+        seconds = waveform.numel() / rate
+        axes.imshow(
+            mel, origin="lower", aspect="auto", cmap="magma", vmin=-5, vmax=1, extent=(0, seconds, 0, mel.shape[0])
+        )
+        axes.set(ylabel=name, yticks=[])
+    rows[-1].set(xlabel="time in s", xlim=(0, max(waveform.numel() / rate for _, waveform, rate in sounds)))
+    return png(figure)
 
 
 def save_speech_plot(path: str | Path, waveform: Tensor, sample_rate: int, codes: Tensor) -> None:

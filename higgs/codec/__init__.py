@@ -1,7 +1,7 @@
 """The codec: waveform to codes and back."""
 
 from higgs.codec.config import AcousticConfig, HiggsAudioV2TokenizerConfig, SemanticConfig
-from higgs.codec.model import Codec, CodecOutput, DecoderOutput, EncoderOutput, encode_clips
+from higgs.codec.model import Codec, CodecOutput, DecoderOutput, EncoderOutput, decode_prefix, encode_clips
 
 __all__ = [
     "AcousticConfig",
@@ -11,5 +11,6 @@ __all__ = [
     "EncoderOutput",
     "HiggsAudioV2TokenizerConfig",
     "SemanticConfig",
+    "decode_prefix",
     "encode_clips",
 ]

@@ -182,6 +182,11 @@ class Encoder(nn.Module):
         self.norm_first = config.do_stable_layer_norm
 
     def forward(self, features: Ragged) -> Ragged:
+        states = torch.stack(self.hidden_states(features))
+        return Ragged(states.mean(0).transpose(1, 2), features.lengths)
+
+    def hidden_states(self, features: Ragged) -> list[Tensor]:
+        """The first layer's input and every layer's output, each [B, T, C], of features [B, C, T]."""
         valid = features.valid()
         mask = None if valid is None else valid[:, None, None]
         x = (features.values + self.pos_conv_embed(features)).transpose(1, 2)
@@ -190,7 +195,7 @@ class Encoder(nn.Module):
             states.append(layer(states[-1], mask))
         if self.norm_first:
             states[-1] = self.layer_norm(states[-1])
-        return Ragged(torch.stack(states).mean(0).transpose(1, 2), features.lengths)
+        return states
 
 
 class Hubert(nn.Module):
@@ -212,8 +217,12 @@ class Hubert(nn.Module):
     @torch.no_grad()
     def forward(self, waveform: Ragged) -> Ragged:
         """Mean hidden state [B, hidden_size, T] of a waveform [B, 1, L] at the teacher's sample rate."""
+        return self.encoder(self.features(waveform))
+
+    def features(self, waveform: Ragged) -> Ragged:
+        """What the encoder takes, [B, hidden_size, T], of a waveform [B, 1, L]."""
         features = self.feature_extractor(waveform)
-        return self.encoder(features.map(lambda x: self.feature_projection(x.transpose(1, 2)).transpose(1, 2)))
+        return features.map(lambda x: self.feature_projection(x.transpose(1, 2)).transpose(1, 2))
 
     def output_length(self, length: int) -> int:
         """Frames made of `length` samples; 0 where there are too few."""

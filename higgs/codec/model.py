@@ -81,6 +81,15 @@ def encode_clips(codec: "Codec", waveforms: Sequence[Tensor]) -> list[Tensor]:
     return [row[:, :length] for row, length in zip(codes, frames, strict=True)]
 
 
+def decode_prefix(
+    codec: "Codec", codes: Tensor, bandwidth: float, length: int, lengths: Tensor | None = None
+) -> Tensor:
+    """Waveforms [B, 1, length] of the codebooks of codes [B, K, T] (`lengths` [B] frames) that a bandwidth pays for."""
+    kept = codes[:, : codec.config.num_codebooks_at(bandwidth)]
+    sound = codec.decode(kept, return_dict=False, lengths=lengths)
+    return F.pad(sound, (0, max(0, length - sound.shape[-1])))[..., :length]
+
+
 class Codec(nn.Module):
     """The neural codec of Higgs Audio V2.
 

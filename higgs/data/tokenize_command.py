@@ -21,9 +21,9 @@ from higgs.data.manifest import Sample, read_manifest
 from higgs.data.shards import CodeSource, finished_shard
 from higgs.data.tokenize import TokenizeConfig, TokenizeResult, claim_folder, code_shards, code_source
 from higgs.errors import UserError
+from higgs.processes import POLL, available_cores, end_with
 
 MOST_PROCESSES = 8  # started unasked; each holds a codec
-POLL = 0.2  # seconds
 
 
 def add_command(commands: Any) -> None:
@@ -119,9 +119,7 @@ class Job:
 def default_processes(device: str) -> int:
     if device in ("cuda", "auto") and torch.cuda.is_available():
         return torch.cuda.device_count()
-    # The cores that this process may use, where the system tells.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_PROCESSES) if device in ("cpu", "auto") else 1
+    return min(available_cores(), MOST_PROCESSES) if device in ("cpu", "auto") else 1
 
 
 def device_of(device: str, rank: int) -> str:
@@ -182,10 +180,3 @@ def run_rank(
     except UserError as error:
         messages.put(str(error))
         sys.exit(2)
-
-
-def end_with(parent: int) -> None:
-    """Ends this process once its parent is gone: a new run may be at work by then."""
-    while os.getppid() == parent:
-        time.sleep(POLL)
-    os._exit(1)

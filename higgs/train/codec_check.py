@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from higgs.audio import save_audio
-from higgs.codec import Codec
+from higgs.codec import Codec, decode_prefix
 from higgs.codec.losses import mel_distance
 from higgs.codec.quantizer import usage
 from higgs.codec.ragged import Ragged
@@ -72,13 +72,6 @@ def lengths_of(clips: Tensor, minimum: int) -> Tensor:
     """Samples [B] up to the last one that is not zero, of clips [B, 1, L]; at least `minimum`."""
     places = torch.arange(1, clips.shape[-1] + 1, device=clips.device)
     return torch.where(clips[:, 0] != 0, places, 0).amax(1).clamp_min(minimum)
-
-
-def decode_prefix(codec: Codec, codes: Tensor, bandwidth: float, length: int, lengths: Tensor | None = None) -> Tensor:
-    """Waveforms [B, 1, length] of the codebooks of codes [B, K, T] (`lengths` [B] frames) that a bandwidth pays for."""
-    kept = codes[:, : codec.config.num_codebooks_at(bandwidth)]
-    sound = codec.decode(kept, return_dict=False, lengths=lengths)
-    return nn.functional.pad(sound, (0, max(0, length - sound.shape[-1])))[..., :length]
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from higgs.errors import UserError
-from higgs.folders import read_json
+from higgs.folders import read_json, read_records
 from higgs.plots import save_curves
-from higgs.train.tracking import METRICS, read_records
+from higgs.tables import markdown_table
+from higgs.train.tracking import METRICS
 
 COLUMNS = ("loss", "text_loss", "audio_loss", "code_accuracy", "mel_loss", "tokens_per_s", "mfu")
 SKIPPED = ("name", "run_dir")  # they differ by nature
@@ -124,15 +125,11 @@ def table(runs: Sequence[Run]) -> str:
         c for prefix in ("valid_", "") for c in (prefix + name for name in COLUMNS) if any(c in f for f in finals)
     ]
     ranked = sorted(zip(runs, finals, strict=True), key=lambda pair: rank_of(pair[1]))
-    rows = [["run", *keys, "steps", *columns]]
+    rows = []
     for one, final in ranked:
         metrics = [f"{final[column]:.4g}" if column in final else "" for column in columns]
         rows.append([one.name, *(str(one.settings.get(key, "")) for key in keys), str(one.steps), *metrics])
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return markdown_table(["run", *keys, "steps", *columns], rows)
 
 
 def rank_of(final: Mapping[str, float]) -> float:

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from higgs.data.stream import StepBatch, Stream
 from higgs.errors import UserError
+from higgs.folders import read_records, write_lines
 from higgs.train.distributed import World
 from higgs.train.flops import peak_flops
 from higgs.train.state import Checkpoints
 from higgs.train.task import StepResult, Task
-from higgs.train.tracking import Tracker, read_records, write_lines
+from higgs.train.tracking import Tracker
 
 UNREADABLE = "unreadable.jsonl"
 PERFECT_STEPS = 10  # how many steps in a row must reach `stop_at_accuracy`: a single perfect one may be luck

@@ -19,6 +19,7 @@ from higgs.data.crops import CropDataset
 from higgs.data.draws import random_generator, read_sources
 from higgs.data.stream import DataConfig, Dataset, Stream, once
 from higgs.errors import UserError
+from higgs.folders import write_lines
 from higgs.inference import GenerationOptions, check_fit
 from higgs.processor import HiggsAudioV2Processor
 from higgs.train.codec_task import CodecTask, CodecTrainingConfig
@@ -46,7 +47,7 @@ from higgs.train.prepare import (
 from higgs.train.reproduce import Match, print_matches, reproduce
 from higgs.train.state import Checkpoints
 from higgs.train.task import Task
-from higgs.train.tracking import LoggerConfig, Tracker, record_run, write_lines
+from higgs.train.tracking import LoggerConfig, Tracker, record_run
 
 # What the text tokenizer and the codec of a run are made from …
 PROCESSOR = ("codec", "tokenizer", "chat", "init_from", "codec_path", "codec_warmup", "seed")

@@ -1,10 +1,8 @@
 """The records of a run: metrics.jsonl, samples, loss.png, the config with versions and git state, and Weights & Biases."""
 
-import importlib.metadata
 import json
 import platform
 import secrets
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +13,9 @@ import torch
 import yaml
 
 from higgs.errors import UserError
-from higgs.folders import write_aside, write_json
+from higgs.folders import read_records, write_aside, write_json, write_lines
 from higgs.plots import save_curves
+from higgs.versions import PROJECT, git, versions
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("higgs", "torch", "torchaudio", "hydra-core", "safetensors", "tokenizers", "sentencepiece", "numpy")
@@ -111,66 +110,28 @@ def flat(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
     return numbers
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL log; a last line that a kill cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is not valid JSON ({error}). Repair or delete it.") from error
-    return rows
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSONL, aside and renamed."""
-    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def record_run(run: Path, settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """What this run is: config.yaml, environment.json (versions, machine, git state, command), and git.diff where the
     code differs from its commit."""
     write_aside(run / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
-    project = Path(__file__).resolve().parents[2]
-    changes = git(project, "diff", "HEAD")
+    changes = git(PROJECT, "diff", "HEAD")
     write_json(
         run / "environment.json",
         {
             "overrides": list(overrides),
-            "versions": {"python": platform.python_version(), **versions()},
+            "versions": {"python": platform.python_version(), **versions(PACKAGES)},
             "machine": {
                 "platform": platform.platform(),
                 "threads": torch.get_num_threads(),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
             "git": {
-                "commit": git(project, "rev-parse", "HEAD"),
+                "commit": git(PROJECT, "rev-parse", "HEAD"),
                 "changed": None if changes is None else bool(changes),
-                "untracked": (git(project, "ls-files", "--others", "--exclude-standard") or "").splitlines(),
+                "untracked": (git(PROJECT, "ls-files", "--others", "--exclude-standard") or "").splitlines(),
             },
             "command": sys.argv,
         },
     )
     if changes:
         (run / "git.diff").write_text(changes + "\n", encoding="utf-8")
-
-
-def versions() -> dict[str, str | None]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def git(folder: Path, *arguments: str) -> str | None:
-    """The output of a git command; None where there is no git or no repository."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

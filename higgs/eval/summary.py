@@ -1,0 +1,181 @@
+"""What rows say together: statistics with intervals, errors of a whole corpus, failures; and rows as Parquet."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from higgs.errors import UserError
+from higgs.eval.catalog import METRICS, metric_columns, metric_of
+from higgs.eval.pool import Row
+from higgs.eval.statistics import ratio_of_sums, summary_of
+from higgs.folders import write_aside
+from higgs.tables import markdown_table
+
+COUNTS = {"wer": ("word_errors", "words"), "cer": ("character_errors", "characters")}
+HIGH_WER = 0.5
+TEXTS, WHOLE = (
+    ("id", "kind", "text", "hypothesis", "error"),
+    ("seed", *(name for pair in COUNTS.values() for name in pair)),
+)
+
+
+def summarize(rows: Sequence[Row], extra: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+    """All that a reader asks of an evaluation, as JSON holds it: `metrics` by column, `kinds` alike for each kind of
+    sample where there are several, `failures`, and `extra` (settings, versions, meter, …)."""
+    kinds = sorted({row["kind"] or "unlabelled" for row in rows})
+    failed = [{"id": row["id"], "error": row["error"]} for row in rows if row["error"] is not None]
+    found: dict[str, Any] = {
+        "samples": len(rows),
+        "failures": {"count": len(failed), "samples": failed},
+        **part(rows, seed),
+        "kinds": {},
+    }
+    if len(kinds) > 1:
+        of_kind = {kind: [row for row in rows if (row["kind"] or "unlabelled") == kind] for kind in kinds}
+        found["kinds"] = {kind: {"samples": len(some), **part(some, seed)} for kind, some in of_kind.items()}
+    return {**found, **extra}
+
+
+def part(rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    """Statistics of some rows: of every metric over the samples, and of errors over all words or characters."""
+    metrics = {}
+    for column in metric_columns(rows):
+        values = [row[column] for row in rows if row.get(column) is not None]
+        if values:
+            metrics[column] = asdict(summary_of(values, seed))
+    corpus = {}
+    for name, (errors, length) in COUNTS.items():
+        counted = [row for row in rows if row.get(length)]
+        if counted:
+            corpus[name] = asdict(ratio_of_sums([r[errors] for r in counted], [r[length] for r in counted], seed))
+    heard = [row["wer"] for row in rows if row.get("wer") is not None]
+    share = {"share_wer_above_50": sum(wer > HIGH_WER for wer in heard) / len(heard)} if heard else {}
+    return {"metrics": metrics, "corpus": corpus, **share}
+
+
+def rows_to_parquet(rows: Sequence[Row], path: Path) -> None:
+    """One row a sample; the same rows give the same bytes. Columns: texts, whole numbers, metrics, codes."""
+    columns = {name: pa.string() for name in TEXTS} | {"seed": pa.int64()}
+    columns |= {name: pa.int64() for name in WHOLE if any(name in row for row in rows)}
+    columns |= dict.fromkeys(metric_columns(rows), pa.float64())
+    if any(row.get("codes") for row in rows):
+        columns["codes"] = pa.list_(pa.list_(pa.int16()))
+    unknown = {name for row in rows for name in row} - columns.keys() - {"codes"}
+    assert not unknown, f"columns without a type: {sorted(unknown)}"
+    table = pa.table(
+        {name: pa.array([row.get(name) for row in rows], kind) for name, kind in columns.items()}
+    )  # fmt: skip
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write_aside(path, buffer.getvalue())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of `rows_to_parquet`. UserError where the file is missing or no such table."""
+    try:
+        return pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read ({error}). Run the evaluation again.") from error
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The figures as a Markdown table, with what the judges themselves get wrong below, and failures."""
+    header = ["metric", "mean", "95 % interval", "median", "samples", ""]
+    rows = []
+    for name, part in [("", summary), *summary["kinds"].items()]:
+        for column, found in part["metrics"].items():
+            metric = METRICS[column.partition("@")[0]]
+            label = f"{column} ({name})" if name else column
+            arrow = {"higher": "higher is better", "lower": "lower is better", None: ""}[metric.better]
+            rows.append(
+                [
+                    label,
+                    figure(found["mean"], metric.unit),
+                    bounds(found),
+                    figure(found["median"]),
+                    str(found["count"]),
+                    arrow,
+                ]
+            )
+        for column, found in part["corpus"].items():
+            label = f"{column}, all words" if column == "wer" else f"{column}, all characters"
+            rows.append(
+                [
+                    f"{label} ({name})" if name else label,
+                    figure(found["value"]),
+                    bounds(found),
+                    "",
+                    str(part["samples"]),
+                    "lower is better",
+                ]
+            )
+        if "share_wer_above_50" in part:
+            rows.append(
+                [
+                    f"wer above 50 % ({name})" if name else "wer above 50 %",
+                    figure(part["share_wer_above_50"]),
+                    "",
+                    "",
+                    str(part["samples"]),
+                    "lower is better",
+                ]
+            )
+    lines = [markdown_table(header, rows)]
+    if summary.get("codebooks"):
+        books = summary["codebooks"]
+        stages = [
+            [str(n), f"{use:.1%}", f"{perplexity:.1f}"]
+            for n, (use, perplexity) in enumerate(zip(books["use"], books["perplexity"], strict=True))
+        ]
+        lines += ["", markdown_table(["codebook", "codes in use", "perplexity"], stages)]
+    lines += ["", *meter_lines(summary.get("meter", {}))]
+    failures = summary["failures"]
+    if failures["count"]:
+        first = failures["samples"][0]
+        lines.append(
+            f"{failures['count']} of {summary['samples']} samples have an error; the first, {first['id']}: {first['error']}"
+        )
+    return "\n".join(lines).rstrip()
+
+
+def meter_lines(meter: Mapping[str, Any]) -> list[str]:
+    """What the judges themselves get wrong, as sentences to stand beside their figures."""
+    lines = []
+    if "recognizer" in meter:
+        told = f"wer and cer are of what {meter['recognizer']['name']} hears"
+        if "clean_wer" in meter:
+            clean = meter["clean_wer"]
+            told += (
+                f"; on clean speech ({meter['clean_speech']}) its own wer is {figure(clean['value'])} {bounds(clean)}"
+            )
+        lines.append(f"{told}.")
+    if "speaker" in meter:
+        told = f"speaker similarities are of {meter['speaker']['name']}"
+        if meter["speaker"].get("separation"):
+            of = meter["speaker"]["separation"]
+            told += (
+                f"; on clean speech it gives one voice {of['same']:.3f} and two voices {of['different']:.3f} "
+                f"(equal error rate {of['eer']:.1%})"
+            )
+        lines.append(f"{told}.")
+    return lines
+
+
+def figure(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:.4g} {unit}".rstrip()
+
+
+def bounds(found: Mapping[str, Any]) -> str:
+    return "" if found["low"] is None else f"[{figure(found['low'])}, {figure(found['high'])}]"
+
+
+def name_of(column: str) -> str:
+    """A column's name for readers: `pesq@1.5` -> `pesq at 1.5 kbit/s`."""
+    name, at, bandwidth = column.partition("@")
+    assert metric_of(column) is not None
+    return f"{name.replace('_', ' ')} at {bandwidth} kbit/s" if at else name.replace("_", " ")
