@@ -66,7 +66,7 @@ def part_of(node: Any) -> Any:
 
 def evaluation_of(kind: str) -> argparse.Namespace:
     """Loaded late: the other commands need none of these libraries."""
-    from higgs.eval.summary import table
+    from higgs.eval.figures import table
 
     if kind == "codec":
         from higgs.eval.codec import CodecEvaluation, evaluate_codec

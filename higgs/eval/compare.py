@@ -8,10 +8,11 @@ from typing import Any
 
 from higgs.errors import UserError
 from higgs.eval.catalog import METRICS, metric_columns
+from higgs.eval.figures import figure, meter_lines
 from higgs.eval.outputs import ROWS, SUMMARY
 from higgs.eval.pool import Row
 from higgs.eval.statistics import Paired, paired
-from higgs.eval.summary import figure, meter_lines, read_rows
+from higgs.eval.summary import read_rows
 from higgs.folders import read_json, write_aside
 from higgs.tables import markdown_table
 from higgs.train.compare import differing_keys, is_run, read_run

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from higgs.audio import encode_audio
 from higgs.eval.catalog import METRICS
+from higgs.eval.figures import codebook_lines, figure, meter_lines, name_of, sections
 from higgs.eval.pool import Row
-from higgs.eval.summary import bounds, figure, meter_lines, name_of
 from higgs.folders import write_aside
 from higgs.plots import histogram_png, spectrograms_png
 
@@ -63,57 +63,18 @@ def write_report(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string((files("higgs.eval") / TEMPLATE).read_text(encoding="utf-8"))
-    parts = [("all samples", summary), *summary["kinds"].items()] if summary["kinds"] else [("", summary)]
     page = template.render(
         title=title,
         summary=summary,
-        tables=[(name, table_of(part)) for name, part in parts],
+        sections=sections(summary),
         meter=meter_lines(summary.get("meter", {})),
         histograms=[(name_of(column), uri("image/png", histogram)) for column, histogram in histograms(summary, rows)],
         clips=[shown(clip) for clip in clips],
-        books=books_of(summary.get("codebooks") or {}),
+        books=codebook_lines(summary["codebooks"]) if summary.get("codebooks") else [],
         settings=[(name, plain(value)) for name, value in sorted(summary.get("settings", {}).items())],
         versions=[(name, plain(value)) for name, value in sorted(summary.get("versions", {}).items())],
     )
     write_aside(path, page)
-
-
-def table_of(part: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The lines of a table of figures."""
-    lines = []
-    for column, found in part["metrics"].items():
-        metric = METRICS[column.partition("@")[0]]
-        lines.append({
-            "name": name_of(column), "about": metric.description, "better": metric.better or "",
-            "mean": figure(found["mean"], metric.unit), "bounds": bounds(found), "median": figure(found["median"]),
-            "count": str(found["count"]), "judged": judge_of(column),
-        })  # fmt: skip
-    for name, found in part["corpus"].items():
-        unit = "words" if name == "wer" else "characters"
-        lines.append({
-            "name": f"{name} of all {unit}", "about": f"errors of all samples over all {unit}", "better": "lower",
-            "mean": figure(found["value"]), "bounds": bounds(found), "median": "", "count": str(part["samples"]),
-            "judged": "recognizer",
-        })  # fmt: skip
-    if "share_wer_above_50" in part:
-        lines.append({
-            "name": "wer above 50 %", "about": "share of samples with more than every second word wrong",
-            "better": "lower", "mean": figure(part["share_wer_above_50"]), "bounds": "", "median": "",
-            "count": str(part["samples"]), "judged": "recognizer",
-        })  # fmt: skip
-    return lines
-
-
-def judge_of(column: str) -> str:
-    """Which judge a figure comes from, whose own error must be read with it; "" for those that are computed."""
-    name = column.partition("@")[0]
-    if name in ("wer", "cer", "repeated", "turns_found"):
-        return "recognizer"
-    return (
-        "speaker"
-        if name in ("speaker_similarity", "intra_similarity", "inter_dissimilarity", "dialogue_consistency")
-        else ""
-    )
 
 
 def histograms(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, bytes]]:
@@ -142,11 +103,6 @@ def shown(clip: ReportClip) -> dict[str, Any]:
 
 def is_figure(column: str, value: Any) -> bool:
     return column.partition("@")[0] in METRICS and value is not None
-
-
-def books_of(codebooks: Mapping[str, Sequence[float]]) -> list[tuple[str, str, str]]:
-    pairs = zip(codebooks.get("use", []), codebooks.get("perplexity", []), strict=True)
-    return [(str(stage), f"{use:.1%}", f"{perplexity:.1f}") for stage, (use, perplexity) in enumerate(pairs)]
 
 
 def plain(value: Any) -> str:

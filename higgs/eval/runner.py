@@ -207,6 +207,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **versions(PACKAGES),
         "commit": git(PROJECT, "rev-parse", "HEAD"),
+        "changed": bool(git(PROJECT, "status", "--porcelain")),
         "machine": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),

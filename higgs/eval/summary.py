@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from higgs.errors import UserError
-from higgs.eval.catalog import METRICS, metric_columns, metric_of
+from higgs.eval.catalog import metric_columns
 from higgs.eval.pool import Row
 from higgs.eval.statistics import ratio_of_sums, summary_of
 from higgs.folders import write_aside
-from higgs.tables import markdown_table
 
 COUNTS = {"wer": ("word_errors", "words"), "cer": ("character_errors", "characters")}
 HIGH_WER = 0.5
@@ -81,101 +80,3 @@ def read_rows(path: Path) -> list[Row]:
         return pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} cannot be read ({error}). Run the evaluation again.") from error
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """The figures as a Markdown table, with what the judges themselves get wrong below, and failures."""
-    header = ["metric", "mean", "95 % interval", "median", "samples", ""]
-    rows = []
-    for name, part in [("", summary), *summary["kinds"].items()]:
-        for column, found in part["metrics"].items():
-            metric = METRICS[column.partition("@")[0]]
-            label = f"{column} ({name})" if name else column
-            arrow = {"higher": "higher is better", "lower": "lower is better", None: ""}[metric.better]
-            rows.append(
-                [
-                    label,
-                    figure(found["mean"], metric.unit),
-                    bounds(found),
-                    figure(found["median"]),
-                    str(found["count"]),
-                    arrow,
-                ]
-            )
-        for column, found in part["corpus"].items():
-            label = f"{column}, all words" if column == "wer" else f"{column}, all characters"
-            rows.append(
-                [
-                    f"{label} ({name})" if name else label,
-                    figure(found["value"]),
-                    bounds(found),
-                    "",
-                    str(part["samples"]),
-                    "lower is better",
-                ]
-            )
-        if "share_wer_above_50" in part:
-            rows.append(
-                [
-                    f"wer above 50 % ({name})" if name else "wer above 50 %",
-                    figure(part["share_wer_above_50"]),
-                    "",
-                    "",
-                    str(part["samples"]),
-                    "lower is better",
-                ]
-            )
-    lines = [markdown_table(header, rows)]
-    if summary.get("codebooks"):
-        books = summary["codebooks"]
-        stages = [
-            [str(n), f"{use:.1%}", f"{perplexity:.1f}"]
-            for n, (use, perplexity) in enumerate(zip(books["use"], books["perplexity"], strict=True))
-        ]
-        lines += ["", markdown_table(["codebook", "codes in use", "perplexity"], stages)]
-    lines += ["", *meter_lines(summary.get("meter", {}))]
-    failures = summary["failures"]
-    if failures["count"]:
-        first = failures["samples"][0]
-        lines.append(
-            f"{failures['count']} of {summary['samples']} samples have an error; the first, {first['id']}: {first['error']}"
-        )
-    return "\n".join(lines).rstrip()
-
-
-def meter_lines(meter: Mapping[str, Any]) -> list[str]:
-    """What the judges themselves get wrong, as sentences to stand beside their figures."""
-    lines = []
-    if "recognizer" in meter:
-        told = f"wer and cer are of what {meter['recognizer']['name']} hears"
-        if "clean_wer" in meter:
-            clean = meter["clean_wer"]
-            told += (
-                f"; on clean speech ({meter['clean_speech']}) its own wer is {figure(clean['value'])} {bounds(clean)}"
-            )
-        lines.append(f"{told}.")
-    if "speaker" in meter:
-        told = f"speaker similarities are of {meter['speaker']['name']}"
-        if meter["speaker"].get("separation"):
-            of = meter["speaker"]["separation"]
-            told += (
-                f"; on clean speech it gives one voice {of['same']:.3f} and two voices {of['different']:.3f} "
-                f"(equal error rate {of['eer']:.1%})"
-            )
-        lines.append(f"{told}.")
-    return lines
-
-
-def figure(value: float | None, unit: str = "") -> str:
-    return "" if value is None else f"{value:.4g} {unit}".rstrip()
-
-
-def bounds(found: Mapping[str, Any]) -> str:
-    return "" if found["low"] is None else f"[{figure(found['low'])}, {figure(found['high'])}]"
-
-
-def name_of(column: str) -> str:
-    """A column's name for readers: `pesq@1.5` -> `pesq at 1.5 kbit/s`."""
-    name, at, bandwidth = column.partition("@")
-    assert metric_of(column) is not None
-    return f"{name.replace('_', ' ')} at {bandwidth} kbit/s" if at else name.replace("_", " ")

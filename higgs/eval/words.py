@@ -1,8 +1,8 @@
 """Texts are compared: what was asked for with what a recogniser heard.
 
 Both sides pass the same normaliser first: "english" is Whisper's (package whisper-normalizer, pinned: it decides what a
-word error rate means), which writes numbers as digits, expands contractions and drops fillers and punctuation; "basic"
-is Whisper's for all languages: lower case, no punctuation. In languages without spaces the character error rate is the
+word error rate means), which writes numbers as digits (and digits in a row as one number), expands contractions and drops
+fillers and punctuation; "basic" is Whisper's for all languages: lower case, no punctuation. In languages without spaces the character error rate is the
 one that counts.
 """
 
@@ -71,7 +71,7 @@ def normalize(text: str, normalizer: str = "english") -> str:
 def word_errors(reference: str, hypothesis: str, normalizer: str = "english") -> Errors:
     """Edits between the words of two texts, after normalising both. UserError where the reference holds no word."""
     asked, heard = (normalize(text, normalizer) for text in (reference, hypothesis))
-    if not asked:
+    if not any(map(str.isalnum, asked)):
         raise UserError(f"The text {reference!r} holds no word to be heard, so there is no error rate.")
     found = jiwer.process_words(asked, heard)
     return Errors(found.hits, found.substitutions, found.deletions, found.insertions)
@@ -80,7 +80,7 @@ def word_errors(reference: str, hypothesis: str, normalizer: str = "english") ->
 def character_errors(reference: str, hypothesis: str, normalizer: str = "english") -> Errors:
     """As `word_errors`, for characters; spaces count."""
     asked, heard = (normalize(text, normalizer) for text in (reference, hypothesis))
-    if not asked:
+    if not any(map(str.isalnum, asked)):
         raise UserError(f"The text {reference!r} holds no character to be heard, so there is no error rate.")
     found = jiwer.process_characters(asked, heard)
     return Errors(found.hits, found.substitutions, found.deletions, found.insertions)

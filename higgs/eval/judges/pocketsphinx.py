@@ -40,12 +40,12 @@ class Pocketsphinx(Recognizer):
         return [self._hear(clip) for clip in clips]
 
     def _hear(self, clip: Tensor) -> Transcript:
+        if not clip.any():  # it would hear a word in silence
+            return Transcript("")
         decoder = self._decoder
         # The front end carries its means and noise estimate from one clip to the next; every clip starts afresh.
         decoder.reinit_feat()
         samples = (clip.clamp(-1, 1) * 32767).short().numpy().tobytes()
-        if not samples:
-            return Transcript("")
         decoder.start_utt()
         decoder.process_raw(samples, full_utt=True)
         decoder.end_utt()

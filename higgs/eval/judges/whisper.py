@@ -44,6 +44,8 @@ class Whisper(Recognizer):
             "automatic-speech-recognition", model=model, tokenizer=from_pretrained(AutoTokenizer, self.path),
             feature_extractor=from_pretrained(AutoFeatureExtractor, self.path), device=pick_device(device),
         )  # fmt: skip
+        # The pipeline would search with five beams.
+        self._pipeline.generation_config.update(num_beams=1, do_sample=False)
 
     def describe(self) -> dict[str, Any]:
         return identity("whisper", self.path) | {"language": self.language}
@@ -52,7 +54,7 @@ class Whisper(Recognizer):
     def transcribe(self, clips: Sequence[Tensor]) -> list[Transcript]:
         self.load()
         generation = self._pipeline.model.generation_config
-        options: dict[str, Any] = {"num_beams": 1, "do_sample": False}
+        options: dict[str, Any] = {}
         if getattr(generation, "is_multilingual", True):
             options |= {"task": "transcribe"} | ({"language": self.language} if self.language else {})
         timed = self.words and getattr(generation, "alignment_heads", None) is not None
