@@ -75,7 +75,7 @@ def write_speech(folder: Path, clips: int, seconds: float) -> None:
     lines = (PROJECT / "examples" / "speech" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["messages"][2]["content"][0]["text"] for line in lines]
     pairs = itertools.cycle(itertools.permutations(texts, 2))
-    manifest = []
+    manifest, system = [], {"role": "system", "content": "Generate audio following instruction."}
     for number, (one, other) in zip(range(clips), pairs, strict=False):
         text, voice = f"{one} {other}", VOICES[number % 2]
         path = folder / "spoken" / f"{number:03d}.wav"
@@ -90,7 +90,7 @@ def write_speech(folder: Path, clips: int, seconds: float) -> None:
         ]
         asked = {"role": "user", "content": text}
         answer = {"role": "assistant", "content": [{"type": "audio", "url": f"spoken/{number:03d}.wav"}]}
-        manifest.append(json.dumps({"id": f"{number:03d}", "messages": [*turn, asked, answer]}))
+        manifest.append(json.dumps({"id": f"{number:03d}", "messages": [system, *turn, asked, answer]}))
     (folder / "list.jsonl").write_text("\n".join(manifest) + "\n", encoding="utf-8")
 
 

@@ -4,7 +4,10 @@ Shapes: L samples. Both waveforms are at `sample_rate` Hz and of one length.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import pesq as itu
 import pystoi
 from torch import Tensor
@@ -30,12 +33,24 @@ def stoi(output: Tensor, target: Tensor, sample_rate: int, extended: bool = Fals
     """Short-time objective intelligibility (Taal et al. 2011), up to 1, of waveforms [L]; or, `extended`, ESTOI (Jensen &
     Taal 2016). UserError where less than 0.4 s of the original is speech."""
     ours, theirs = at_rate(output, target, sample_rate, STOI_RATE)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), same_chance():
         warnings.filterwarnings("error", message="Not enough STFT frames", category=RuntimeWarning)
         try:
             return float(pystoi.stoi(theirs, ours, STOI_RATE, extended=extended))
         except RuntimeWarning as error:
             raise UserError("STOI needs at least 0.4 s of speech above silence.") from error
+
+
+@contextmanager
+def same_chance() -> Iterator[None]:
+    """pystoi adds a little noise from NumPy's global generator: here it is always the same noise, and the generator is
+    left as it was."""
+    before = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
 
 
 def estoi(output: Tensor, target: Tensor, sample_rate: int) -> float:
