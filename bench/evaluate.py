@@ -29,15 +29,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--codec", help="folder of a trained codec; else an untrained one of configs/codec/debug.yaml")
+    parser.add_argument("--tasks", nargs="+", default=["codec", "tts"])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_speech(work / "speech", options.clips, options.seconds)
-        codec = write_codec(work / "codec")
+        codec = options.codec or write_codec(work / "codec")
         print("| task | clips | audio, s | processes | seconds | audio s per s | against the first |")
         print("|---|---|---|---|---|---|---|")
-        for task in ("codec", "tts"):
+        for task in options.tasks:
             first = None
             for processes in options.processes:
                 started = time.perf_counter()

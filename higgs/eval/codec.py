@@ -25,7 +25,7 @@ from higgs.eval.inputs import file_name, read_clips
 from higgs.eval.intelligibility import estoi, pesq, stoi
 from higgs.eval.judges.base import Judge, QualityJudge, SpeakerEmbedder
 from higgs.eval.outputs import Result, write_results
-from higgs.eval.pitch import compare_f0
+from higgs.eval.pitch import compare_tracks, f0
 from higgs.eval.pool import Row, ScoringPool
 from higgs.eval.report import ReportClip, Sound
 from higgs.eval.runner import Made, attempt, claim, each, environment, evaluate, fingerprint
@@ -78,6 +78,7 @@ class CodecJob:
     def run(self, judges: dict[str, Judge]) -> Row:
         row: Row = {"error": None}
         original = torch.from_numpy(self.original)
+        track = attempt(row, "f0", lambda: f0(original, self.sample_rate)) if self.speech else None
         for bandwidth, array in self.outputs.items():
             output, at = torch.from_numpy(array), f"@{bandwidth:g}"
             measures = {
@@ -91,7 +92,7 @@ class CodecJob:
                     "stoi": lambda o=output: stoi(o, original, self.sample_rate),
                     "estoi": lambda o=output: estoi(o, original, self.sample_rate),
                 }
-                row.update({name + at: value for name, value in self.pitch(output, original, row).items()})
+                row.update({name + at: value for name, value in self.pitch(output, track, row).items()})
             for name, measure in measures.items():
                 value = attempt(row, name + at, measure)
                 row[name + at] = None if value is None else float(value)
@@ -100,8 +101,11 @@ class CodecJob:
             attempt(row, "speaker", lambda: row.update(self.compare_voices(embedder)))
         return row
 
-    def pitch(self, output: Tensor, original: Tensor, row: Row) -> Row:
-        found = attempt(row, "f0", lambda: compare_f0(output, original, self.sample_rate))
+    def pitch(self, output: Tensor, track: Tensor | None, row: Row) -> Row:
+        """The output's F0 against the original's, `track` [T]."""
+        if track is None:
+            return {}
+        found = attempt(row, "f0", lambda: compare_tracks(f0(output, self.sample_rate), track))
         if found is None:
             return {}
         return {
@@ -239,13 +243,14 @@ def evaluate_codec(
         if judge is not None and not judge.light:
             judge.load(config.device)
     top = f"{bandwidths[-1]:g}"
-    with ScoringPool(light, config.processes) as pool:
+    with ScoringPool(light, config.processes, busy=codec.device.type == "cpu") as pool:
+        versions = environment()
         rows = evaluate(
             out, clips, task, pool, config.batch_size, [f"stft_distance@{top}", f"pesq@{top}"], config.retry_errors
         )
     extra = {
         "settings": settings,
-        "versions": environment(),
+        "versions": versions,
         "codebooks": codebook_use(rows, codec.config.codebook_size),
         "meter": {"speaker": speaker.describe()} if speaker is not None else {},
     }

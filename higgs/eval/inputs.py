@@ -129,12 +129,15 @@ def read_clips(path: str | Path) -> list[SoundClip]:
     )
     if not files:
         raise UserError(f"There is no sound file ({', '.join(FORMATS)}) in {path} or the folders in it.")
-    clips = []
-    for file in files:
-        relative = file.relative_to(path)
-        folder = relative.parts[0] if len(relative.parts) > 1 else None
-        clips.append(SoundClip(relative.as_posix(), str(file), kind=KIND_OF_FOLDER.get(folder, folder)))
-    return clips
+    relative = [file.relative_to(path) for file in files]
+    names = [place.with_suffix("").as_posix() for place in relative]
+    if len(set(names)) < len(names):  # a.wav beside a.flac
+        names = [place.as_posix() for place in relative]
+    folders = [place.parts[0] if len(place.parts) > 1 else None for place in relative]
+    return [
+        SoundClip(name, str(file), kind=KIND_OF_FOLDER.get(folder, folder))
+        for name, file, folder in zip(names, files, folders, strict=True)
+    ]
 
 
 def find_recordings(folder: str | Path, utterances: list[Utterance]) -> dict[str, Path]:
@@ -162,6 +165,10 @@ def find_recordings(folder: str | Path, utterances: list[Utterance]) -> dict[str
 
 
 def file_name(name: str) -> str:
-    """An id as part of a file's name: what cannot stand there is percent-encoded."""
-    safe = re.sub(r"[^\w. -]", lambda found: "".join(f"%{byte:02X}" for byte in found.group().encode()), name)
-    return f"%2E{safe[1:]}" if safe.startswith(".") else safe
+    """An id as a relative path: what cannot stand in the name of a file or folder is percent-encoded."""
+    return "/".join(re.sub(r"[^\w. -]|^\.", encoded, part) or encoded("/") for part in name.split("/"))
+
+
+def encoded(character: str | re.Match) -> str:
+    text = character if isinstance(character, str) else character.group()
+    return "".join(f"%{byte:02X}" for byte in text.encode())

@@ -37,7 +37,11 @@ def f0(waveform: Tensor, sample_rate: int) -> Tensor:
 def compare_f0(output: Tensor, target: Tensor, sample_rate: int) -> F0Comparison:
     """F0 of a waveform [L] against that of the original [L]."""
     check_lengths(output, target)
-    ours, theirs = f0(output, sample_rate), f0(target, sample_rate)
+    return compare_tracks(f0(output, sample_rate), f0(target, sample_rate))
+
+
+def compare_tracks(ours: Tensor, theirs: Tensor) -> F0Comparison:
+    """As `compare_f0`, of tracks [T] in Hz."""
     both = (ours > 0) & (theirs > 0)
     voicing_error = float(((ours > 0) != (theirs > 0)).double().mean())
     if int(both.sum()) < LEAST_VOICED:

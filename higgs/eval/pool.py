@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from typing import Any, Protocol
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from higgs.eval.judges.base import Judge
 from higgs.processes import available_cores, end_with
@@ -38,11 +39,20 @@ class ScoringPool:
     """Runs jobs in `processes` processes, each with its own light judges; 0 runs them in this process.
 
     Results do not depend on the number of processes: each works with one thread, and 0 as well.
+
+    Args:
+        processes: None: one a core; where this process needs cores itself one for every second, but two if there are two.
+        busy: whether this process computes on the CPU meanwhile. It then takes the cores that the others leave, for
+            threads that wait for a core which another process holds cost more than they bring (here a half).
     """
 
-    def __init__(self, judges: dict[str, Judge], processes: int | None = None) -> None:
+    def __init__(self, judges: dict[str, Judge], processes: int | None = None, busy: bool = False) -> None:
         self.judges = judges
-        self.processes = available_cores() if processes is None else processes
+        cores = available_cores()
+        self.processes = (max(min(cores, 2), cores // 2) if busy else cores) if processes is None else processes
+        self._threads = torch.get_num_threads()
+        if busy and self.processes:
+            torch.set_num_threads(max(1, min(self._threads, cores - self.processes)))
         self._executor = self._start(self.processes) if self.processes else None
         if not self.processes:
             for judge in judges.values():
@@ -90,6 +100,7 @@ class ScoringPool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
@@ -102,6 +113,7 @@ def begin(judges: dict[str, Judge], parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
+    threadpool_limits(1)  # of NumPy's and SciPy's libraries: their threads would wait for each other's cores
     for judge in judges.values():
         judge.load()
     _judges.update(judges)
@@ -115,6 +127,7 @@ def with_one_thread(job: Job, judges: dict[str, Judge]) -> Row:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return job.run(judges)
+        with threadpool_limits(1):
+            return job.run(judges)
     finally:
         torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ import torch
 
 from higgs.api import HiggsAudioV2ForConditionalGeneration
 from higgs.audio import read_audio
+from higgs.checkpoint.io import pick_device
 from higgs.checksums import digest_of
 from higgs.errors import UserError
 from higgs.eval.codec import check_common
@@ -106,11 +107,12 @@ def evaluate_tts(
         source = Generated(*load(config), out / "audio", config.seed, config.generation.given())
     task = SpeechTask(source, config.normalizer, recognizer, speaker, quality, config.recognize_references)
     task.load(config.device)
-    with ScoringPool(task.light(), config.processes) as pool:
+    with ScoringPool(task.light(), config.processes, busy(config, task)) as pool:
+        versions = environment()
         meter = measure_judges(config, task, pool)
         shown = ["wer", "speaker_similarity"]
         rows = evaluate(out, utterances, task, pool, config.batch_size, shown, config.retry_errors)
-    extra = {"settings": settings, "versions": environment(), "meter": meter}
+    extra = {"settings": settings, "versions": versions, "meter": meter}
     asked = {utterance.id: utterance for utterance in utterances}
 
     def sounds(label: str, row: Row) -> ReportClip:
@@ -129,6 +131,12 @@ def evaluate_tts(
         (name for name in ("wer", "speaker_similarity") if any(row.get(name) is not None for row in rows)), "seconds"
     )
     return write_results(out, "Speech evaluation", rows, extra, column, sounds)
+
+
+def busy(config: SpeechEvaluation, task: SpeechTask) -> bool:
+    """Whether this process itself computes on the CPU: a model that is asked, or judges that are not light."""
+    heavy = [judge for judge in (task.recognizer, task.speaker, *task.quality.values()) if judge and not judge.light]
+    return pick_device(config.device).type == "cpu" and bool(config.checkpoint or heavy)
 
 
 def sounds_of(utterance: Utterance) -> list[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from higgs.eval.judges.base import Recognizer, Transcript, Word
-from higgs.eval.judges.pretrained import from_pretrained, identity
+from higgs.eval.judges.pretrained import LEAST, from_pretrained, identity, network
 
 
 @dataclass
@@ -30,12 +30,8 @@ class CTC(Recognizer):
     def load(self, device: str = "cpu") -> None:
         if self._model is not None:
             return
-        from transformers import AutoModelForCTC, Wav2Vec2Processor
-
-        from higgs.checkpoint.io import pick_device
-
-        self._processor = from_pretrained(Wav2Vec2Processor, self.path)
-        self._model = from_pretrained(AutoModelForCTC, self.path).eval().to(pick_device(device))
+        self._processor = from_pretrained("Wav2Vec2Processor", self.path)
+        self._model = network("AutoModelForCTC", self.path, device)
 
     def describe(self) -> dict[str, Any]:
         return identity("ctc", self.path)
@@ -46,11 +42,14 @@ class CTC(Recognizer):
         return [self._hear(clip) for clip in clips]
 
     def _hear(self, clip: Tensor) -> Transcript:
+        if len(clip) < LEAST:
+            return Transcript("")
         inputs = self._processor(clip.numpy(), sampling_rate=self.sample_rate, return_tensors="pt")
         ids = self._model(inputs.input_values.to(self._model.device)).logits[0].argmax(-1).cpu()
         heard = self._processor.tokenizer.decode(ids, output_word_offsets=True)
         frame = self._model.config.inputs_to_logits_ratio / self.sample_rate
         words = [
-            Word(word["word"], word["start_offset"] * frame, word["end_offset"] * frame) for word in heard.word_offsets
+            Word(word["word"], float(word["start_offset"] * frame), float(word["end_offset"] * frame))
+            for word in heard.word_offsets
         ]
         return Transcript(heard.text.strip(), words)

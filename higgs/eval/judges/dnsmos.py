@@ -34,7 +34,10 @@ class DNSMOS(QualityJudge):
         if self._scorer is not None:
             return
         folder = self.folder()
-        from speechmos.dnsmos import DNSMOS as Scorer
+        try:
+            from speechmos.dnsmos import DNSMOS as Scorer
+        except ImportError as error:
+            raise UserError(f"DNSMOS lacks a package ({error}): pip install -e '.[eval,judges]'.") from error
 
         self._scorer = Scorer(*(str(folder / name) for name in FILES))
 
@@ -44,7 +47,7 @@ class DNSMOS(QualityJudge):
         else:
             package = importlib.util.find_spec("speechmos")
             if package is None:
-                raise UserError("DNSMOS needs the package speechmos: pip install -e '.[judges]'.")
+                raise UserError("DNSMOS needs the package speechmos: pip install -e '.[eval,judges]'.")
             folder = Path(next(iter(package.submodule_search_locations))) / "dnsmos_models"
         absent = [name for name in FILES if not (folder / name).is_file()]
         if absent:

@@ -23,6 +23,7 @@ from higgs.codec.hubert import Hubert
 from higgs.codec.ragged import Ragged
 from higgs.errors import UserError
 from higgs.eval.judges.base import QualityJudge
+from higgs.eval.judges.pretrained import LEAST
 
 # Names of fairseq's wav2vec2 -> ours (those of Hugging Face), in this order.
 NAMES = (
@@ -87,6 +88,8 @@ class UTMOS(QualityJudge):
     @torch.no_grad()
     def score(self, clips: Sequence[Tensor]) -> list[dict[str, float]]:
         self.load()
+        if any(len(clip) < LEAST for clip in clips):
+            raise UserError(f"A clip of less than {1000 * LEAST // self.sample_rate} ms has no naturalness to predict.")
         device = self._model.domain_emb.device
         found: list[float] = []
         for start in range(0, len(clips), self.batch_size):

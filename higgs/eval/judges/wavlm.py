@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from higgs.eval.judges.base import SpeakerEmbedder
-from higgs.eval.judges.pretrained import from_pretrained, identity
+from higgs.eval.judges.pretrained import from_pretrained, identity, network
 
 
 @dataclass
@@ -32,12 +32,15 @@ class WavLM(SpeakerEmbedder):
     def load(self, device: str = "cpu") -> None:
         if self._model is not None:
             return
-        from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
-
-        from higgs.checkpoint.io import pick_device
-
-        self._extractor = from_pretrained(AutoFeatureExtractor, self.path)
-        self._model = from_pretrained(AutoModelForAudioXVector, self.path).eval().to(pick_device(device))
+        self._extractor = from_pretrained("AutoFeatureExtractor", self.path)
+        self._model = network("AutoModelForAudioXVector", self.path, device)
+        # Samples under the frames that one output of the x-vector head looks at.
+        config = self._model.config
+        frames = 1 + sum(
+            (kernel - 1) * gap for kernel, gap in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True)
+        )
+        # Its statistics need two outputs.
+        self._least = LEAST + frames * config.inputs_to_logits_ratio
 
     def describe(self) -> dict[str, Any]:
         return identity("wavlm x-vector", self.path)
