@@ -1,5 +1,7 @@
 """Judges that load other people's networks, with tiny random weights; DNSMOS with its real ones."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ from torch import Tensor, nn
 
 from higgs.audio import load_audio
 from higgs.errors import UserError
+from higgs.eval.judges.base import Word
 from higgs.eval.judges.ctc import CTC
 from higgs.eval.judges.dnsmos import DNSMOS
 from higgs.eval.judges.utmos import UTMOS
 from higgs.eval.judges.wavlm import WavLM
-from higgs.eval.judges.whisper import Whisper
+from higgs.eval.judges.whisper import Whisper, words_of
 
 transformers = pytest.importorskip("transformers")
 CONVS = {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
@@ -27,12 +30,13 @@ def clips(shared_data: Path) -> list[Tensor]:
     return [whole[:16000], whole[20000:64000], whole[30000:50001]]
 
 
-def moved(model: nn.Module) -> nn.Module:
-    """Larger weights, so that tiny random networks say different things of different clips."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
+def moved(kind: type[nn.Module], config: object) -> nn.Module:
+    """A network with larger weights, always the same, so that it says different things of different clips."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = kind(config)
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.2 * torch.randn(parameter.shape))
     return model.eval()
 
 
@@ -41,8 +45,6 @@ def moved(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> "transformers.Wav2Vec2Processor":
-    import json
-
     folder = tmp_path_factory.mktemp("letters")
     names = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJ"]
     (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
@@ -55,10 +57,13 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> "transformers.Wav2Vec2P
 @pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert"])
 def test_ctc_hears_what_transformers_hears(tmp_path: Path, clips: list[Tensor], letters, kind: str):
     config = getattr(transformers, f"{kind}Config")(vocab_size=15, pad_token_id=0, **SIZES)
-    model = moved(getattr(transformers, f"{kind}ForCTC")(config))
+    model = moved(getattr(transformers, f"{kind}ForCTC"), config)
+    with torch.no_grad():  # all letters alike on average, so that the text changes with the sound
+        model.lm_head.bias -= model(clips[1][None]).logits.mean((0, 1))
     model.save_pretrained(tmp_path)
     letters.save_pretrained(tmp_path)
     judge = CTC(str(tmp_path))
+    assert [one.text for one in judge.transcribe([torch.zeros(0), torch.zeros(399)])] == ["", ""]
     heard = judge.transcribe(clips)
     for clip, transcript in zip(clips, heard, strict=True):
         inputs = letters(clip.numpy(), sampling_rate=16000, return_tensors="pt")
@@ -100,7 +105,7 @@ def whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decoder_start_token_id=ids["<|startoftranscript|>"], eos_token_id=256, pad_token_id=256, bos_token_id=256,
         suppress_tokens=[], begin_suppress_tokens=[],
     )  # fmt: skip
-    model = moved(transformers.WhisperForConditionalGeneration(config))
+    model = moved(transformers.WhisperForConditionalGeneration, config)
     model.generation_config = transformers.GenerationConfig(
         lang_to_id={"<|en|>": ids["<|en|>"]}, task_to_id={"transcribe": ids["<|transcribe|>"]}, is_multilingual=True,
         no_timestamps_token_id=ids["<|notimestamps|>"], prev_sot_token_id=ids["<|startofprev|>"], max_length=24,
@@ -112,19 +117,56 @@ def whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_whisper_hears_what_transformers_hears(whisper_folder: Path, clips: list[Tensor]):
+@pytest.fixture(scope="module")
+def lengths(shared_data: Path) -> list[Tensor]:
+    """Clips of 2, 37, 6.25, 0 and 41 s."""
+    files = [shared_data / "ljspeech" / f"LJ001-{number:04}.flac" for number in range(1, 8)]
+    whole = torch.cat([load_audio(file, 16000) for file in files])
+    return [whole[:32000], whole[: 37 * 16000], whole[40000:140000], whole[:0], whole[32000 : 43 * 16000]]
+
+
+def test_whisper_hears_what_transformers_hears(whisper_folder: Path, lengths: list[Tensor]):
     judge = Whisper(str(whisper_folder), batch_size=2)
-    heard = judge.transcribe(clips)
-    model = transformers.WhisperForConditionalGeneration.from_pretrained(whisper_folder).eval()
-    extractor = transformers.WhisperFeatureExtractor.from_pretrained(whisper_folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(whisper_folder)
-    for clip, transcript in zip(clips, heard, strict=True):
-        features = extractor(clip.numpy(), sampling_rate=16000, return_tensors="pt").input_features
-        ids = model.generate(features, language="english", task="transcribe", num_beams=1, do_sample=False)
-        theirs = tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
-        assert transcript.text == theirs.strip() and theirs and transcript.words == []
-    assert heard == [judge.transcribe([clip])[0] for clip in clips]
+    heard = judge.transcribe(lengths)
+    pipeline = transformers.pipeline("automatic-speech-recognition", str(whisper_folder), device="cpu")
+    pipeline.generation_config.num_beams = 1  # it would search with five
+    for clip, transcript in zip(lengths, heard, strict=True):
+        long = len(clip) > 30 * 16000
+        sound = {"raw": clip.numpy(), "sampling_rate": 16000}
+        options = {"language": "english", "task": "transcribe"}
+        theirs = pipeline(sound, return_timestamps=long, generate_kwargs=options)["text"] if len(clip) else ""
+        assert transcript.text == theirs.strip() and transcript.words == [] and bool(theirs) == bool(len(clip))
+    assert heard == [judge.transcribe([clip])[0] for clip in lengths] and len({one.text for one in heard}) > 3
     assert judge.describe()["language"] == "english"
+
+
+def test_whisper_tells_when_words_were_said(whisper_folder: Path, lengths: list[Tensor]):
+    plain, timed = Whisper(str(whisper_folder), words=False), Whisper(str(whisper_folder))
+    plain.load()
+    timed.load()
+    for judge in (plain, timed):
+        judge._model.generation_config.alignment_heads = [[0, 0], [0, 1]]
+    heard = timed.transcribe(lengths)
+    assert [one.text for one in heard] == [one.text for one in plain.transcribe(lengths)]
+    assert heard == [timed.transcribe([clip])[0] for clip in lengths]
+    for clip, transcript in zip(lengths, heard, strict=True):
+        assert " ".join(word.text for word in transcript.words).split() == transcript.text.split()
+        assert all(0 <= word.start <= word.end <= len(clip) / 16000 for word in transcript.words)
+    assert max(word.end for word in heard[1].words) > 30  # the second window counts from its own start
+
+
+def test_tokens_become_words_with_times():
+    names = ["<|0.00|>", "ĠThe", "Ġsun", "set", "Ġis", "<|2.00|>", "<|2.00|>", "Ġred", ".", "<|endoftext|>"]
+    is_text = [not name.startswith("<") for name in names]
+    times = [0.0, 0.1, 0.3, 0.5, 0.9, 1.2, 2.0, 2.1, 2.4, 2.4]
+
+    def decode(tokens: list[int]) -> str:
+        return "".join(names[token] for token in tokens).replace("Ġ", " ")
+
+    expected = [Word("The", 0.1, 0.3), Word("sunset", 0.3, 0.9), Word("is", 0.9, 1.2), Word("red.", 2.1, 2.9)]
+    assert words_of(range(10), names, is_text, times, 2.9, decode) == expected
+    assert words_of(range(10), names, is_text, times, 9.0, decode)[-1] == Word("red.", 2.1, 3.4)
+    assert words_of([], [], [], [], 1.0, decode) == []
 
 
 # -------------------------------------------------------------------------------------------------- speakers
@@ -135,12 +177,16 @@ def test_wavlm_embeds_as_transformers_does(tmp_path: Path, clips: list[Tensor]):
         **SIZES, tdnn_dim=(16, 16, 24), tdnn_kernel=(5, 3, 1), tdnn_dilation=(1, 2, 1), xvector_output_dim=12,
         num_buckets=32, max_bucket_distance=80,
     )  # fmt: skip
-    model = moved(transformers.WavLMForXVector(config))
+    model = moved(transformers.WavLMForXVector, config)
     model.save_pretrained(tmp_path)
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
     extractor.save_pretrained(tmp_path)
     judge = WavLM(str(tmp_path))
     ours = judge.embed(clips)
+    least = 400 + 9 * 320  # two windows of 1 + 4 + 4 frames
+    assert judge.embed([clips[0][:least]]).isfinite().all()
+    with pytest.raises(UserError, match=r"0\.20 s"):
+        judge.embed([clips[0][: least - 1]])
     for clip, embedding in zip(clips, ours, strict=True):
         with torch.no_grad():
             theirs = model(**extractor(clip.numpy(), sampling_rate=16000, return_tensors="pt")).embeddings[0]
@@ -155,6 +201,40 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path, judge: type):
         judge(str(tmp_path)).load()
 
 
+@pytest.mark.parametrize(("absent", "judge"), [
+    ("transformers", Whisper()), ("transformers", CTC()), ("transformers", WavLM()), ("onnxruntime", DNSMOS()),
+])  # fmt: skip
+def test_without_its_packages_a_judge_says_what_to_install(monkeypatch: pytest.MonkeyPatch, absent: str, judge):
+    monkeypatch.setitem(sys.modules, absent, None)
+    monkeypatch.delitem(sys.modules, "speechmos.dnsmos", raising=False)
+    with pytest.raises(UserError, match=f"{absent}.*pip install"):
+        judge.load()
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit_and_judges_in_single_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips: list[Tensor]
+):
+    """A cache as the hub's client lays it out, without a network."""
+    config = transformers.WavLMConfig(
+        **SIZES, tdnn_dim=(16, 24), tdnn_kernel=(5, 1), tdnn_dilation=(1, 1), xvector_output_dim=12
+    )
+    repository = tmp_path / "models--some--voices"
+    model = moved(transformers.WavLMForXVector, config).half()
+    model.save_pretrained(repository / "snapshots" / "abc123")
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(repository / "snapshots" / "abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    judge = WavLM("some/voices")
+    assert judge.describe() == {"name": "wavlm x-vector", "model": "some/voices", "revision": "abc123"}
+    embeddings = judge.embed(clips)
+    torch.testing.assert_close(embeddings, WavLM(str(repository / "snapshots" / "abc123")).embed(clips))
+    assert embeddings.dtype == torch.float32 and judge._model.dtype == torch.float32
+    with pytest.raises(UserError, match=r"some/thing cannot be loaded"):
+        WavLM("some/thing").describe()
+
+
 # --------------------------------------------------------------------------------------------------- quality
 
 
@@ -162,7 +242,7 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path, judge: type):
 def utmos_parts() -> tuple[dict[str, Tensor], nn.Module]:
     """The public file's names with tiny tensors, and the wav2vec2 of transformers that they were taken from."""
     config = transformers.Wav2Vec2Config(**{**SIZES, "hidden_size": 64, "num_attention_heads": 1})
-    ssl = moved(transformers.Wav2Vec2Model(config))
+    ssl = moved(transformers.Wav2Vec2Model, config)
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {"wav2vec2.mask_emb": torch.zeros(64)}
     for name, value in ssl.state_dict().items():
@@ -224,6 +304,12 @@ def test_other_weights_of_utmos_are_told(tmp_path: Path, utmos_parts, change, to
     torch.save(tensors, tmp_path / "utmos.pt")
     with pytest.raises(UserError, match=told):
         UTMOS(str(tmp_path / "utmos.pt")).load()
+
+
+def test_utmos_refuses_a_clip_too_short_for_a_frame(tmp_path: Path, utmos_parts):
+    torch.save(utmos_parts[0], tmp_path / "utmos.pt")
+    with pytest.raises(UserError, match="25 ms"):
+        UTMOS(str(tmp_path / "utmos.pt")).score([torch.zeros(399)])
 
 
 def test_a_missing_file_of_utmos_says_where_it_is(tmp_path: Path):

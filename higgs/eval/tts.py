@@ -95,7 +95,7 @@ def evaluate_tts(
         "weights": None if checkpoint is None else digest_of(checkpoint),
         "clean_speech": config.clean_speech, "recognize_references": config.recognize_references,
         "generation": config.generation.given(), "batch_size": config.batch_size, "seed": config.seed,
-        "device": config.device, "dtype": config.dtype,
+        "device": pick_device(config.device).type, "dtype": config.dtype,
         "recognizer": None if recognizer is None else recognizer.describe(),
         "speaker": None if speaker is None else speaker.describe(),
         "quality": {name: judge.describe() for name, judge in quality.items()},

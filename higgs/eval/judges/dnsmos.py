@@ -15,6 +15,7 @@ from torch import Tensor
 from higgs.checksums import digest_of
 from higgs.errors import UserError
 from higgs.eval.judges.base import QualityJudge
+from higgs.eval.judges.pretrained import packages
 
 FILES = ("sig_bak_ovr.onnx", "model_v8.onnx")  # P.835, P.808
 
@@ -34,10 +35,8 @@ class DNSMOS(QualityJudge):
         if self._scorer is not None:
             return
         folder = self.folder()
-        try:
+        with packages():
             from speechmos.dnsmos import DNSMOS as Scorer
-        except ImportError as error:
-            raise UserError(f"DNSMOS lacks a package ({error}): pip install -e '.[eval,judges]'.") from error
 
         self._scorer = Scorer(*(str(folder / name) for name in FILES))
 

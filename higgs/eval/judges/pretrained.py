@@ -1,8 +1,8 @@
 """What judges from transformers share: reading a model from a folder or the hub, and telling which one it is."""
 
-import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from higgs.checkpoint.io import pick_device
@@ -12,12 +12,13 @@ from higgs.errors import UserError
 LEAST = 400  # samples under the first frame of wav2vec2, HuBERT and WavLM: 25 ms; in less nothing can be heard
 
 
-def library() -> ModuleType:
-    """transformers, which only these judges need."""
+@contextmanager
+def packages() -> Iterator[None]:
+    """Around imports of what only these judges need: a UserError that says how to install what is absent."""
     try:
-        return importlib.import_module("transformers")
+        yield
     except ImportError as error:
-        raise UserError(f"This judge needs transformers ({error}): pip install -e '.[judges]'.") from error
+        raise UserError(f"This judge lacks a package ({error}): pip install -e '.[eval,judges]'.") from error
 
 
 def from_pretrained(kind: str, path: str) -> Any:
@@ -26,9 +27,11 @@ def from_pretrained(kind: str, path: str) -> Any:
     Raises:
         UserError: where transformers is absent or the folder, or what the hub gives, holds no such thing.
     """
-    loader = getattr(library(), kind)
+    with packages():
+        import transformers
+
     try:
-        return loader.from_pretrained(path, trust_remote_code=False)
+        return getattr(transformers, kind).from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(path, kind, error) from error
 
@@ -43,11 +46,10 @@ def identity(name: str, path: str) -> dict[str, Any]:
     folder = Path(path)
     if folder.is_dir():
         return {"name": name, "model": folder.resolve().name, "sha256": digest_of(folder)}
-    library()
-    from transformers.utils import cached_file
+    from huggingface_hub import hf_hub_download
 
     try:
-        config = Path(cached_file(path, "config.json"))
+        config = Path(hf_hub_download(path, "config.json"))
     except Exception as error:
         raise _unreadable(path, name, error) from error
     return {"name": name, "model": path, "revision": config.parent.name}  # …/snapshots/COMMIT/config.json

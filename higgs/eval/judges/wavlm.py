@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from higgs.errors import UserError
 from higgs.eval.judges.base import SpeakerEmbedder
-from higgs.eval.judges.pretrained import from_pretrained, identity, network
+from higgs.eval.judges.pretrained import LEAST, from_pretrained, identity, network
 
 
 @dataclass
@@ -28,6 +29,7 @@ class WavLM(SpeakerEmbedder):
     path: str = "microsoft/wavlm-base-plus-sv"
     _model: Any = field(default=None, init=False, repr=False, compare=False)
     _extractor: Any = field(default=None, init=False, repr=False, compare=False)
+    _least: int = field(default=0, init=False, repr=False, compare=False)
 
     def load(self, device: str = "cpu") -> None:
         if self._model is not None:
@@ -51,5 +53,7 @@ class WavLM(SpeakerEmbedder):
         return torch.stack([self._embed(clip) for clip in clips])
 
     def _embed(self, clip: Tensor) -> Tensor:
+        if len(clip) < self._least:
+            raise UserError(f"A voice needs {self._least / self.sample_rate:.2f} s of sound, and the clip is shorter.")
         inputs = self._extractor(clip.numpy(), sampling_rate=self.sample_rate, return_tensors="pt")
         return F.normalize(self._model(inputs.input_values.to(self._model.device)).embeddings[0].float().cpu(), dim=0)

@@ -70,7 +70,7 @@ class Whisper(Recognizer):
             [clip.numpy() for clip in clips], sampling_rate=self.sample_rate, return_tensors="pt",
             return_attention_mask=True, **whole,
         ).to(self._model.device)  # fmt: skip
-        options: dict[str, Any] = {"return_token_timestamps": True} if timed else {}
+        options: dict[str, Any] = {"return_token_timestamps": True, "return_segments": long} if timed else {}
         if getattr(self._model.generation_config, "is_multilingual", True):
             options |= {"task": "transcribe"} | ({"language": self.language} if self.language else {})
         made = self._model.generate(**inputs, num_beams=1, do_sample=False, return_timestamps=long, **options)
@@ -80,7 +80,11 @@ class Whisper(Recognizer):
         said = [self._tokenizer.decode(tokens).strip() for tokens in text]
         if not timed:
             return [Transcript(one) for one in said]
-        return [Transcript(said[0], self._words(sequences[0], made["token_timestamps"][0].tolist(), len(clips[0])))]
+        times = made["token_timestamps"][0]
+        if long:
+            # Those would start from 0 in every window; the segments, which hold the same tokens, count from the first.
+            times = torch.cat([segment["token_timestamps"] for segment in made["segments"][0]])
+        return [Transcript(said[0], self._words(sequences[0], times.tolist(), len(clips[0])))]
 
     def _words(self, tokens: Sequence[int], times: Sequence[float], samples: int) -> list[Word]:
         names = self._tokenizer.convert_ids_to_tokens(tokens)
