@@ -88,6 +88,8 @@ def test_words_come_with_their_times(tmp_path: Path):
 
 def test_silence_holds_no_words():
     assert [one.text for one in Pocketsphinx().transcribe([torch.zeros(16000), torch.zeros(0)])] == ["", ""]
+    below_one_step = 1e-6 * torch.randn(32000, generator=torch.Generator().manual_seed(0))
+    assert Pocketsphinx().transcribe([below_one_step])[0].text == ""  # 16 bits make digital silence of it
 
 
 # ------------------------------------------------------------------------------------------------ speakers
@@ -132,6 +134,9 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(shared_data:
     torch.testing.assert_close(together.norm(dim=1), torch.ones(4))
     torch.testing.assert_close(together, torch.cat([DVector().embed([clip]) for clip in clips]))
     assert DVector().embed([]).shape == (0, 256)
+    for silent in (torch.zeros(16000), torch.zeros(0)):
+        with pytest.raises(UserError, match="no voice"):
+            DVector().embed([clips[0], silent])
 
 
 def test_wrong_weights_are_told(tmp_path: Path):
@@ -140,6 +145,15 @@ def test_wrong_weights_are_told(tmp_path: Path):
     torch.save({"lstm.weight_ih_l0": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="does not hold the weights"):
         DVector(str(tmp_path / "other.pt")).load()
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    torch.save({"network": torch.nn.Linear(1, 1)}, tmp_path / "code.pt")  # unpickling it would run code
+    for name in ("text.pt", "empty.pt", "code.pt"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read"):
+            DVector(str(tmp_path / name)).load()
+    torch.save([torch.zeros(2)], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="does not hold the weights"):
+        DVector(str(tmp_path / "list.pt")).load()
 
 
 def test_separation_of_known_embeddings():

@@ -234,7 +234,10 @@ def test_judges_on_the_device_do_what_light_ones_do(tmp_path: Path):
         for kind in (DVector, Heavy)
     ]  # fmt: skip
     light, heavy = (one.rows for one in found)
-    assert light == heavy
+    for ours, theirs in zip(light, heavy, strict=True):  # other threads, other rounding
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert theirs[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
     talk, short = light
     assert talk["error"] is None and talk["wer"] == 0 and talk["kind"] == "dialogue" and talk["turns_found"] == 1
     assert 0 < talk["inter_dissimilarity"] < 1 and talk.get("dialogue_consistency") is None
@@ -245,7 +248,7 @@ def test_the_command_prints_figures_with_the_meter_beside(tmp_path: Path):
     out = subprocess.run(
         [sys.executable, "-m", "higgs", "evaluate", "tts", f"audio={EXAMPLES}", f"data={EXAMPLES / 'manifest.jsonl'}", f"output={tmp_path / 'out'}",
          "processes=1", "device=cpu", "speaker=none"],
-        cwd=PROJECT, capture_output=True, text=True,
+        cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert "wer of all words" in out.stdout and "its own wer is" in out.stdout and "| cer" in out.stdout

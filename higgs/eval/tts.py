@@ -1,5 +1,6 @@
 """Evaluation of speech: a model is asked (or recordings are read), and what is heard is compared with what was asked for."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from higgs.eval.statistics import ratio_of_sums
 from higgs.folders import resolve_folder
 from higgs.inference import GenerationOptions, check_fit
 from higgs.processor import HiggsAudioV2Processor
+from higgs.versions import PROJECT
 
 NORMALIZERS = ("english", "basic")
 RATE = 24000  # of references and voices in the report, in Hz
@@ -87,7 +89,7 @@ def evaluate_tts(
     utterances = read_utterances(config.data)
     files = {} if config.audio is None else find_recordings(config.audio, utterances)
     checkpoint = None if config.checkpoint is None else resolve_folder(config.checkpoint)
-    recordings = [item.get("path") or item.get("url") or "" for one in utterances for item in sounds_of(one)]
+    recordings = [file for one in utterances for item in sounds_of(one) if (file := file_of(item)) is not None]
     settings = {
         "task": "tts", "data": config.data, "samples": len(utterances), "normalizer": config.normalizer,
         "inputs": [digest_of(config.data), fingerprint([*recordings, *files.values()])],
@@ -143,6 +145,12 @@ def sounds_of(utterance: Utterance) -> list[Mapping[str, Any]]:
     return [*utterance.voices.values(), *([utterance.reference] if utterance.reference is not None else [])]
 
 
+def file_of(item: Mapping[str, Any]) -> str | None:
+    """The file of an audio item; None for one that lies in the web or in the manifest itself."""
+    place = item.get("path") or item.get("url") or item.get("audio")
+    return place if isinstance(place, str) and not re.match(r"\w+://|data:", place) and len(place) < 1000 else None
+
+
 def load(config: SpeechEvaluation) -> tuple[HiggsAudioV2ForConditionalGeneration, HiggsAudioV2Processor]:
     processor = HiggsAudioV2Processor.from_pretrained(
         config.checkpoint, device_map=config.device, audio_tokenizer=config.audio_tokenizer
@@ -164,7 +172,9 @@ def measure_judges(config: SpeechEvaluation, task: SpeechTask, pool: ScoringPool
         meter["speaker"] = task.speaker.describe()
     if config.clean_speech is None or not meter:
         return meter
-    clean = read_utterances(config.clean_speech)
+    path = Path(config.clean_speech)
+    # The default lies in this project, wherever the command is called.
+    clean = read_utterances(path if path.is_file() else PROJECT / path)
     probe = SpeechTask(References(), config.normalizer, task.recognizer, task.speaker)
     made = probe.make(clean, 0)
     there = [(utterance, one) for utterance, one in zip(clean, made, strict=True) if one.job is not None]

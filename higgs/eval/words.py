@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import jiwer
 from whisper_normalizer.basic import BasicTextNormalizer
@@ -70,19 +71,19 @@ def normalize(text: str, normalizer: str = "english") -> str:
 
 def word_errors(reference: str, hypothesis: str, normalizer: str = "english") -> Errors:
     """Edits between the words of two texts, after normalising both. UserError where the reference holds no word."""
-    asked, heard = (normalize(text, normalizer) for text in (reference, hypothesis))
-    if not any(map(str.isalnum, asked)):
-        raise UserError(f"The text {reference!r} holds no word to be heard, so there is no error rate.")
-    found = jiwer.process_words(asked, heard)
-    return Errors(found.hits, found.substitutions, found.deletions, found.insertions)
+    return _errors(jiwer.process_words, reference, hypothesis, normalizer)
 
 
 def character_errors(reference: str, hypothesis: str, normalizer: str = "english") -> Errors:
     """As `word_errors`, for characters; spaces count."""
+    return _errors(jiwer.process_characters, reference, hypothesis, normalizer)
+
+
+def _errors(process: Callable[[str, str], Any], reference: str, hypothesis: str, normalizer: str) -> Errors:
     asked, heard = (normalize(text, normalizer) for text in (reference, hypothesis))
     if not any(map(str.isalnum, asked)):
-        raise UserError(f"The text {reference!r} holds no character to be heard, so there is no error rate.")
-    found = jiwer.process_characters(asked, heard)
+        raise UserError(f"The text {reference!r} holds no word to be heard, so there is no error rate.")
+    found = process(asked, heard)
     return Errors(found.hits, found.substitutions, found.deletions, found.insertions)
 
 

@@ -5,7 +5,7 @@ Shapes: B clips, L samples, P parts of 1.6 s, T frames, M mel bands, D = 256.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,13 +56,21 @@ class DVector(SpeakerEmbedder):
         if self._encoder is not None:
             return
         file = self.weights()
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("model_state", state)
-        self._encoder = Encoder().eval()
         try:
-            self._encoder.load_state_dict({name: value for name, value in state.items() if name not in IGNORED})
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"{file.name} cannot be read as plain tensors ({error}). Check speaker.path, or copy the file again."
+            ) from error
+        if not isinstance(state, Mapping):
+            raise UserError(f"{file.name} does not hold the weights of a GE2E encoder by name. Check speaker.path.")
+        state = state.get("model_state", state)
+        encoder = Encoder().eval()
+        try:
+            encoder.load_state_dict({name: value for name, value in state.items() if name not in IGNORED})
         except RuntimeError as error:
             raise UserError(f"{file.name} does not hold the weights of a GE2E encoder: {error}") from error
+        self._encoder = encoder  # only now: a second call after a failure fails again
 
     def weights(self) -> Path:
         if self.path is not None:
@@ -85,6 +93,8 @@ class DVector(SpeakerEmbedder):
         return torch.stack([self._embed(clip) for clip in clips]) if clips else torch.zeros(0, 256)
 
     def _embed(self, clip: Tensor) -> Tensor:
+        if not clip.any():  # the network would answer all the same
+            raise UserError("A silent clip has no voice that could be compared.")
         frames = len(clip) // HOP + 1
         starts = list(range(0, max(frames - PART + STEP + 1, 1), STEP))
         if len(starts) > 1 and (len(clip) - starts[-1] * HOP) / (PART * HOP) < LEAST_COVERED:

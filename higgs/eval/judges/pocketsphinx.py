@@ -40,14 +40,15 @@ class Pocketsphinx(Recognizer):
         return [self._hear(clip) for clip in clips]
 
     def _hear(self, clip: Tensor) -> Transcript:
-        if not clip.any():  # it would hear a word in silence
+        samples = (clip.clamp(-1, 1) * 32767).short()
+        if not samples.any():  # it would hear a word in digital silence
             return Transcript("")
         decoder = self._decoder
-        # The front end carries its means and noise estimate from one clip to the next; every clip starts afresh.
+        # The front end carries its noise estimate from one clip to the next; every clip starts afresh. (Means are taken
+        # over each clip: the model's own feat.params say `-cmn batch`, which a keyword of Decoder does not override.)
         decoder.reinit_feat()
-        samples = (clip.clamp(-1, 1) * 32767).short().numpy().tobytes()
         decoder.start_utt()
-        decoder.process_raw(samples, full_utt=True)
+        decoder.process_raw(samples.numpy().tobytes(), full_utt=True)
         decoder.end_utt()
         if decoder.hyp() is None:
             return Transcript("")
