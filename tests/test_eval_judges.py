@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from higgs.audio import load_audio
+from higgs.audio import load_audio, resample
 from higgs.errors import UserError
 from higgs.eval.judges.dvector import DVector
 from higgs.eval.judges.pocketsphinx import Pocketsphinx
@@ -137,6 +137,16 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(shared_data:
     for silent in (torch.zeros(16000), torch.zeros(0)):
         with pytest.raises(UserError, match="no voice"):
             DVector().embed([clips[0], silent])
+
+
+def test_a_spoilt_voice_is_less_like_itself(shared_data: Path):
+    clip = load_audio(shared_data / "ljspeech" / "LJ001-0001.flac", 16000)[:64000]
+    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0)) * clip.std()
+    dull = [resample(resample(clip, 16000, rate), rate, 16000)[:64000] for rate in (16000, 6000, 2000)]
+    for ladder in ([clip + 10 ** (-snr / 20) * noise for snr in (60, 20, 5)], dull):
+        original, *spoilt = DVector().embed([clip, *ladder])
+        likeness = [float(original @ one) for one in spoilt]
+        assert likeness == sorted(likeness, reverse=True) and likeness[0] > 0.99 > likeness[1] > likeness[2] + 0.02
 
 
 def test_wrong_weights_are_told(tmp_path: Path):
