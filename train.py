@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from higgs import cli
+from higgs.processes import leaving
 from higgs.train.prepare import Parts
 from higgs.train.run import TrainConfig, train
 
@@ -38,4 +39,5 @@ PATHS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    cli.run(main, "train", free_text=PATHS)
+    with leaving():
+        cli.run(main, "train", free_text=PATHS)
